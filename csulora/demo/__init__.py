@@ -1,0 +1,1 @@
+"""A small trained world to try csulora on: `csulora demo`."""

@@ -1,0 +1,151 @@
+"""The demo itself: correct a poisoned adapter in several ways and measure what is left of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import csulora
+from csulora import plots
+from csulora.demo import extras, reading, tradeoff
+from csulora.demo.evaluate import Evaluator, Metrics
+from csulora.demo.settings import ALIGNED, FAMILIES, RAW, SCALED, STRENGTHS, SUBSPACE_RANK, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def run_demo(
+    out_dir: Path,
+    console: Console,
+    *,
+    assets: Path = ASSETS,
+    strengths: Sequence[float] = STRENGTHS,
+) -> dict:
+    """Run the whole demo, print its tables and reading, and write figures and numbers to `out_dir`.
+
+    `assets` holds base, aligned, adapter and card.json as bench/train_demo.py writes them; every
+    family of corrections runs at all `strengths`. Writes results.json, tradeoff.png and shares.png;
+    returns what results.json holds. Raises CsuloraError if a package of `csulora[demo]` is missing.
+    """
+    extras.require()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    card = json.loads((assets / "card.json").read_text())
+    reading.print_introduction(console, card)
+    with one_thread(), console.status("correcting and measuring"):
+        adapter = csulora.LoraAdapter.load(assets / "adapter")
+        subspace = csulora.SafetySubspace.estimate(
+            assets / "base", assets / "aligned", rank=SUBSPACE_RANK, like=assets / "adapter"
+        )
+        shares = csulora.decompose(adapter, subspace, csulora.Correction())
+        rows = list(measure_all(adapter, subspace, Evaluator(assets / "aligned"), strengths))
+    result = {
+        "card": card,
+        "environment": environment(),
+        "subspace_rank": SUBSPACE_RANK,
+        "relative_energy": shares.totals.relative_energy_before,
+        "rows": [as_json(row) for row in rows],
+    }
+    (out_dir / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    plots.plot_shares(shares, out_dir / "shares.png")
+    tradeoff.save(rows, out_dir / "tradeoff.png")
+    reading.print_results(console, rows, result)
+    console.print(f"Written to {out_dir}: results.json, tradeoff.png, shares.png", soft_wrap=True)
+    return result
+
+
+def measure_all(
+    adapter: csulora.LoraAdapter,
+    subspace: csulora.SafetySubspace,
+    evaluator: Evaluator,
+    strengths: Sequence[float],
+) -> Iterator[Row]:
+    """The aligned model, the raw adapter, and every corrected adapter followed by its control."""
+    yield Row(ALIGNED, None, 0.0, evaluator.measure())
+    yield Row(RAW, None, 1.0, measure(adapter, evaluator))
+    directions = {False: subspace, True: random_like(subspace)}
+    for family in FAMILIES:
+        for strength in strengths:
+            corrected, report = csulora.correct(
+                adapter, directions[family.random_subspace], family.correction(strength)
+            )
+            kept = math.sqrt(report.totals.energy_after / report.totals.energy_before)
+            yield Row(family.key, strength, kept, measure(corrected, evaluator))
+            control = measure(scaled(adapter, kept), evaluator)
+            yield Row(SCALED, strength, kept, control, control_of=family.key)
+
+
+def measure(adapter: csulora.LoraAdapter, evaluator: Evaluator) -> Metrics:
+    """Write `adapter` as a PEFT folder and measure it as PEFT loads it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        adapter.save(folder)
+        return evaluator.measure(folder)
+
+
+def scaled(adapter: csulora.LoraAdapter, factor: float) -> csulora.LoraAdapter:
+    """The adapter with every update multiplied by one number: what any correction must beat."""
+    modules = {name: replace(m, B=m.B * factor) for name, m in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
+def random_like(subspace: csulora.SafetySubspace) -> csulora.SafetySubspace:
+    """Random orthonormal directions, as many as `subspace` has in every module."""
+    generator = torch.Generator().manual_seed(0)
+
+    def directions(like: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(like.shape, generator=generator)).Q
+
+    modules = {
+        name: replace(module, U=directions(module.U), V=directions(module.V))
+        for name, module in subspace.modules.items()
+    }
+    return replace(subspace, modules=modules, path=None)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread while the demo computes: on matrices this small, more of them only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def as_json(row: Row) -> dict:
+    """A row for results.json; JSON has no infinity, so the hard limit is the string "inf"."""
+    return {
+        "family": row.family,
+        "control_of": row.control_of,
+        "strength": "inf" if row.strength == math.inf else row.strength,
+        "norm_kept": round(row.norm_kept, 6),
+        **row.metrics.as_dict(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and processor of this run."""
+    import peft
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "csulora": csulora.__version__,
+    }

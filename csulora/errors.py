@@ -1,0 +1,9 @@
+"""Errors that csulora raises on purpose. Each message names the file, the tensor and the remedy."""
+
+
+class CsuloraError(Exception):
+    """Something about the input or the request is wrong; the message is one readable line."""
+
+
+class UsageError(CsuloraError):
+    """The call itself is wrong: nothing was started."""

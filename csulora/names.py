@@ -1,0 +1,72 @@
+"""Module names: matching an adapter's to a checkpoint's, and PEFT's rule for patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from csulora.errors import CsuloraError
+
+
+def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> dict[str, str]:
+    """Map each wanted module name to a known one: the same name, else a unique suffix.
+
+    One name is a suffix of the other when it ends it at a dot, so `transformer.h.0.mlp.c_fc` of a
+    model class matches `h.0.mlp.c_fc` of its checkpoint. `where` names the place of `known` in errors.
+
+    Raises CsuloraError that lists every name without a match, with several, or sharing one.
+    """
+    by_leaf: dict[str, list[str]] = {}
+    for name in known:
+        by_leaf.setdefault(_leaf(name), []).append(name)
+    matched: dict[str, str] = {}
+    problems: list[str] = []
+    for name in wanted:
+        if name in known:
+            matched[name] = name
+            continue
+        candidates = [k for k in by_leaf.get(_leaf(name), ()) if _suffixes(name, k)]
+        if len(candidates) == 1:
+            matched[name] = candidates[0]
+        elif candidates:
+            problems.append(f"{name} (fits {', '.join(sorted(candidates)[:3])})")
+        else:
+            problems.append(name)
+    owners: dict[str, str] = {}
+    for name, target in matched.items():
+        if owners.setdefault(target, name) != name:
+            problems.append(f"{name} and {owners[target]} (both fit {target})")
+    if problems:
+        shown = ", ".join(problems[:8]) + (f", and {len(problems) - 8} more" * (len(problems) > 8))
+        raise CsuloraError(f"{where}: no unique match for {len(problems)} module(s): {shown}")
+    return matched
+
+
+def ends_with(name: str, suffix: str) -> bool:
+    """Whether `suffix` is `name` or ends it at a dot, as in PEFT's `target_modules`."""
+    return name == suffix or name.endswith("." + suffix)
+
+
+def pattern_value(pattern: dict[str, float], name: str, default: float) -> float:
+    """The entry of a PEFT `rank_pattern` or `alpha_pattern` for a module name.
+
+    PEFT's rule: the first key that, as a regular expression, matches the whole name or what follows
+    one of its dots.
+    """
+    for key, value in pattern.items():
+        if re.match(pattern_regex(key), name):
+            return value
+    return default
+
+
+def pattern_regex(key: str) -> str:
+    """The regular expression that PEFT makes of a pattern key."""
+    return rf"(.*\.)?({key})$"
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _suffixes(a: str, b: str) -> bool:
+    return ends_with(a, b) or ends_with(b, a)

@@ -1,0 +1,243 @@
+"""The safety-aligned subspace of a model pair: U, S, V per module, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from csulora.errors import CsuloraError, UsageError
+from csulora.files import (
+    open_safetensors,
+    read_tensor,
+    safetensors_chunks,
+    sha256_file,
+    whole_file,
+    write_safetensors,
+)
+
+if TYPE_CHECKING:
+    from csulora.adapter import LoraAdapter
+
+FORMAT = "csulora_subspace/1"
+# Larger than float32 rounding, smaller than what a bfloat16 basis shows (about 4e-3).
+ORTHONORMAL = 1e-4
+
+
+@dataclass(frozen=True)
+class ModuleSubspace:
+    """Leading singular triplets of D = W_aligned - W_base of one module, in (d_out, d_in) orientation."""
+
+    U: Tensor  # (d_out, k) float32, orthonormal columns
+    S: Tensor  # (k) float32, descending
+    V: Tensor  # (d_in, k) float32, orthonormal columns
+    energy_share: float  # ||U^T D V||^2 / ||D||^2, 0 where D = 0
+    fan_in_fan_out: bool = False  # the checkpoint stores the weight as (d_in, d_out)
+
+    def leading(self, rank: int) -> ModuleSubspace:
+        """The prefix of at most `rank` directions."""
+        if rank >= self.S.shape[0]:
+            return self
+        energy = float(self.S.double().square().sum())
+        kept = float(self.S[:rank].double().square().sum())
+        share = self.energy_share * kept / energy if energy else 0.0
+        return replace(
+            self, U=self.U[:, :rank], S=self.S[:rank], V=self.V[:, :rank], energy_share=share
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint pair and the seed a subspace was estimated from; digests are hex sha256."""
+
+    base: str
+    aligned: str
+    base_digest: str
+    aligned_digest: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class SafetySubspace:
+    """Per module the directions in which alignment moved the weights.
+
+    `modules` maps the checkpoint's parameter path without `.weight` to its ModuleSubspace.
+    """
+
+    modules: dict[str, ModuleSubspace]
+    origin: Origin
+    path: Path | None = None  # the file it was loaded from
+
+    @classmethod
+    def estimate(
+        cls,
+        base: str | os.PathLike[str],
+        aligned: str | os.PathLike[str],
+        *,
+        rank: int = 64,
+        energy: float | None = None,
+        modules: list[str] | None = None,
+        like: LoraAdapter | str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> SafetySubspace:
+        """Estimate from two Hugging Face checkpoints; see `csulora.estimate.estimate_subspace`."""
+        from csulora.estimate import estimate_subspace
+
+        return estimate_subspace(
+            base,
+            aligned,
+            rank=rank,
+            energy=energy,
+            modules=modules,
+            like=like,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, rank: int | None = None) -> SafetySubspace:
+        """Read a subspace file, optionally only its `rank` leading directions per module.
+
+        Raises CsuloraError for a file that is not a subspace, or whose bases are not finite,
+        orthonormal float32 matrices of fitting shapes.
+        """
+        file = Path(path)
+        with open_safetensors(file) as handle:
+            origin, details = _read_metadata(file, handle.metadata())
+            tensors = {name: read_tensor(handle, file, name) for name in handle.keys()}  # noqa: SIM118
+        names = sorted({name.rpartition(".")[0] for name in tensors})
+        if not names:
+            raise CsuloraError(f"{file}: holds no modules")
+        loaded = cls(
+            {name: _module(file, name, tensors, details) for name in names}, origin, path=file
+        )
+        return loaded if rank is None else loaded.leading(rank)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the subspace file whole or not at all (format in docs/formats.md)."""
+        target = Path(path)
+        try:
+            with whole_file(target) as temporary:
+                write_safetensors(temporary, self._tensors(), self._metadata())
+        except OSError as error:
+            raise CsuloraError(f"{target}: cannot be written ({error.strerror or error})") from None
+
+    def leading(self, rank: int) -> SafetySubspace:
+        """The subspace of at most `rank` directions per module; a prefix of this one.
+
+        Raises UsageError if rank is below 1 or above every module's rank.
+        """
+        largest = max(module.S.shape[0] for module in self.modules.values())
+        if not 1 <= rank <= largest:
+            raise UsageError(f"subspace rank must be between 1 and {largest}, not {rank}")
+        modules = {name: module.leading(rank) for name, module in self.modules.items()}
+        leading = replace(self, modules=modules)
+        # Settings name the rank; the digest is that of the file.
+        leading.__dict__["sha256"] = self.sha256
+        return leading
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of the subspace file, saved or not."""
+        if self.path is not None:
+            return sha256_file(self.path)
+        digest = hashlib.sha256()
+        for chunk in safetensors_chunks(self._tensors(), self._metadata()):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{letter}": getattr(module, letter)
+            for name, module in self.modules.items()
+            for letter in ("U", "S", "V")
+        }
+
+    def _metadata(self) -> dict[str, str]:
+        transposed = sorted(name for name, m in self.modules.items() if m.fan_in_fan_out)
+        return {
+            "csulora_format": FORMAT,
+            "base": self.origin.base,
+            "aligned": self.origin.aligned,
+            "base_digest": self.origin.base_digest,
+            "aligned_digest": self.origin.aligned_digest,
+            "seed": str(self.origin.seed),
+            "energy_share": json.dumps(
+                {n: m.energy_share for n, m in sorted(self.modules.items())}
+            ),
+            "fan_in_fan_out": json.dumps(transposed),
+        }
+
+
+def is_subspace_file(path: Path) -> bool:
+    """Whether the file says that it is a subspace, of whatever version."""
+    try:
+        with open_safetensors(path) as handle:
+            return "csulora_format" in (handle.metadata() or {})
+    except CsuloraError:
+        return False
+
+
+def _read_metadata(file: Path, metadata: Mapping[str, str] | None) -> tuple[Origin, dict[str, Any]]:
+    metadata = metadata or {}
+    found = metadata.get("csulora_format")
+    if found != FORMAT:
+        raise CsuloraError(
+            f"{file}: not a subspace file (csulora_format is {found!r}, expected {FORMAT!r}); "
+            "write one with csulora estimate"
+        )
+    try:
+        origin = Origin(
+            metadata["base"],
+            metadata["aligned"],
+            metadata["base_digest"],
+            metadata["aligned_digest"],
+            int(metadata["seed"]),
+        )
+        shares = json.loads(metadata["energy_share"])
+        details = {
+            "energy_share": {str(name): float(share) for name, share in shares.items()},
+            "fan_in_fan_out": {str(name) for name in json.loads(metadata["fan_in_fan_out"])},
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CsuloraError(f"{file}: malformed metadata ({error!r})") from None
+    return origin, details
+
+
+def _module(
+    file: Path, name: str, tensors: Mapping[str, Tensor], details: Mapping[str, Any]
+) -> ModuleSubspace:
+    try:
+        U, S, V = (tensors[f"{name}.{letter}"] for letter in ("U", "S", "V"))
+    except KeyError as error:
+        raise CsuloraError(f"{file}: tensor {error.args[0]} is missing") from None
+    k = S.shape[0] if S.dim() == 1 else -1
+    for letter, X in (("U", U), ("V", V)):
+        if X.dim() != 2 or X.shape[1] != k or X.dtype != torch.float32 or X.shape[0] < k:
+            raise CsuloraError(
+                f"{file}: tensor {name}.{letter} is {X.dtype} {tuple(X.shape)}, which does not fit "
+                f"{name}.S {tuple(S.shape)} in float32"
+            )
+        eye = torch.eye(k)
+        # Written so that NaN fails the comparison too.
+        if k and not float((X.mT @ X - eye).abs().max()) <= ORTHONORMAL:
+            raise CsuloraError(f"{file}: columns of {name}.{letter} are not orthonormal")
+    if S.dtype != torch.float32 or not bool(torch.isfinite(S).all()):
+        raise CsuloraError(f"{file}: tensor {name}.S is not finite float32")
+    # A smaller rank is a prefix, which is the leading one only in this order.
+    if bool((S.diff() > 0).any()) or bool((S < 0).any()):
+        raise CsuloraError(f"{file}: tensor {name}.S is not descending and non-negative")
+    return ModuleSubspace(
+        U, S, V, details["energy_share"].get(name, 0.0), name in details["fan_in_fan_out"]
+    )

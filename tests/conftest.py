@@ -1,0 +1,36 @@
+"""Fixtures on disk that many tests share; the builders behind them are in builders.py."""
+
+import os
+
+# Read once, when the hub client is imported: a path that does not exist must never become a download.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import os
+
+import builders
+import pytest
+import torch
+
+# Tiny matrices: a second thread only waits, and waits long where cores are shared.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+
+
+@pytest.fixture
+def subspace(tmp_path):
+    return builders.write_subspace(tmp_path / "subspace.safetensors")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return builders.write_adapter(tmp_path / "in" / "lora")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return builders.checkpoint_pair(tmp_path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"

@@ -1,0 +1,227 @@
+"""Estimation: accuracy against the exact SVD, streaming, orientation, determinism."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from csulora import CsuloraError, LoraAdapter, LoraModule, SafetySubspace
+from csulora.randomized_svd import top_triplets
+
+
+def orthonormal(n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0]
+
+
+def with_spectrum(m, n, values):
+    count = min(m, n)
+    index = torch.arange(1, count + 1, dtype=torch.float64)
+    return ((orthonormal(m, count, 1) * values(index)) @ orthonormal(n, count, 2).mT).float()
+
+
+def gaussian(m, n):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+
+
+MATRICES = {
+    "gaussian, tall": lambda: gaussian(1200, 700),
+    "gaussian, wide": lambda: gaussian(400, 1100),
+    "perfectly flat": lambda: orthonormal(600, 600, 3).float(),
+    "slow power law": lambda: with_spectrum(900, 600, lambda i: i**-0.25),
+    "power law": lambda: with_spectrum(600, 900, lambda i: i**-1.0),
+    "exponential": lambda: with_spectrum(700, 600, lambda i: torch.exp(-i / 30)),
+    "two scales": lambda: with_spectrum(700, 600, lambda i: torch.where(i < 9, 1e3, 1.0)),
+    "tiny": lambda: gaussian(9, 5),
+}
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_top_triplets_hold_the_energy_of_the_exact_svd(kind, rank):
+    D = MATRICES[kind]()
+    U, S, V, total = top_triplets(D, torch.Generator().manual_seed(0), rank=rank)
+    exact = torch.linalg.svdvals(D.double()).square()
+    k = min(rank, *D.shape)
+    assert S.shape == (k,) and U.shape == (D.shape[0], k) and V.shape == (D.shape[1], k)
+    assert total == pytest.approx(float(exact.sum()), rel=1e-5)
+    wanted = 0.999 * float(exact[:k].sum())
+    assert float((U.double().mT @ D.double()).square().sum()) >= wanted
+    assert float((D.double() @ V.double()).square().sum()) >= wanted
+    assert float(S.double().square().sum()) >= wanted
+    for X in (U, V):
+        assert float((X.double().mT @ X.double() - torch.eye(k)).abs().max()) <= 1e-6
+    assert bool((S[:-1] >= S[1:]).all())
+    # signs belong together: U^T D V is diagonal and positive
+    torch.testing.assert_close(
+        (U.double().mT @ D.double() @ V.double()).diagonal().float(), S, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_directions_of_a_low_rank_matrix_end_at_its_rank():
+    D = gaussian(300, 5) @ gaussian(5, 200)
+    assert top_triplets(D, torch.Generator().manual_seed(0), rank=64).S.shape == (5,)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["gaussian, tall", "power law", "exponential"])
+def test_energy_share_takes_as_many_directions_as_needed(kind, share):
+    D = MATRICES[kind]()
+    S = top_triplets(D, torch.Generator().manual_seed(0), rank=32, energy_share=share).S
+    exact = torch.linalg.svdvals(D.double()).square()
+    needed = int((exact.cumsum(0) / exact.sum() < share).sum()) + 1
+    # The estimate errs only by directions whose energy it has to within 0.1 %.
+    assert abs(S.shape[0] - needed) <= max(1, 0.01 * needed)
+
+
+def write_checkpoint(folder, weights, model_type="llama", **config):
+    folder.mkdir()
+    save_file(
+        {f"{k}.weight": v.contiguous() for k, v in weights.items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
+    return folder
+
+
+def layer(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q_proj": (48, 48), "k_proj": (16, 48), "down_proj": (48, 80)}
+    return {
+        f"model.layers.0.{name}": torch.randn(*shape, generator=generator).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return (
+        write_checkpoint(tmp_path / "base", layer(0)),
+        write_checkpoint(tmp_path / "aligned", layer(1)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_estimate_reads_every_float_type_and_subtracts_in_float32(tmp_path, dtype):
+    base, aligned = layer(0, dtype), layer(1, torch.float32)
+    subspace = SafetySubspace.estimate(
+        write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "a", aligned), rank=4
+    )
+    for name, module in subspace.modules.items():
+        D = aligned[name] - base[name].float()
+        exact = torch.linalg.svdvals(D.double())[:4]
+        torch.testing.assert_close(module.S.double(), exact, rtol=1e-3, atol=0)
+        assert module.U.shape[0] == D.shape[0] and module.V.shape[0] == D.shape[1]
+        share = float(exact.square().sum() / D.double().square().sum())
+        assert module.energy_share == pytest.approx(share, rel=1e-3)
+
+
+def test_same_seed_same_bytes_and_a_smaller_rank_is_a_prefix(pair, tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        SafetySubspace.estimate(*pair, rank=8, seed=3).save(path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    loaded = SafetySubspace.load(paths[0])
+    assert loaded.sha256 == SafetySubspace.estimate(*pair, rank=8, seed=3).sha256
+    for name, module in SafetySubspace.load(paths[0], rank=3).modules.items():
+        assert torch.equal(module.U, loaded.modules[name].U[:, :3])
+        assert torch.equal(module.S, loaded.modules[name].S[:3])
+
+
+def test_a_module_does_not_depend_on_what_else_is_selected(pair):
+    everything = SafetySubspace.estimate(*pair, rank=4)
+    alone = SafetySubspace.estimate(*pair, rank=4, modules=["k_proj"])
+    assert list(alone.modules) == ["model.layers.0.k_proj"]
+    name = "model.layers.0.k_proj"
+    assert torch.equal(everything.modules[name].U, alone.modules[name].U)
+
+
+def test_embeddings_and_head_are_left_out_unless_named(tmp_path):
+    extra = {"model.embed_tokens": torch.randn(30, 48), "lm_head": torch.randn(30, 48)}
+    base = write_checkpoint(tmp_path / "b", layer(0) | extra)
+    aligned = write_checkpoint(tmp_path / "a", layer(1) | {k: v + 1 for k, v in extra.items()})
+    assert "lm_head" not in SafetySubspace.estimate(base, aligned, rank=2).modules
+    assert list(SafetySubspace.estimate(base, aligned, rank=2, modules=["lm_head"]).modules) == [
+        "lm_head"
+    ]
+
+
+def lora(shapes, fan_in_fan_out, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: LoraModule(
+            A=torch.randn(2, d_in, generator=generator),
+            B=torch.randn(d_out, 2, generator=generator),
+            alpha=2,
+            scaling=1.0,
+        )
+        for name, (d_out, d_in) in shapes.items()
+    }
+    return LoraAdapter(modules, {"fan_in_fan_out": fan_in_fan_out, "r": 2, "lora_alpha": 2})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "unheard-of"])
+def test_conv1d_weights_are_turned_whoever_knows_about_it(tmp_path, model_type):
+    """Square and oblong weights stored as (d_in, d_out): by model type, by --like, by the adapter."""
+    from csulora import correct
+
+    shapes = {"h.0.attn.c_proj": (40, 40), "h.0.mlp.c_fc": (96, 40)}
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(i, o, generator=generator) for n, (o, i) in shapes.items()}
+    aligned = {n: W + torch.randn(W.shape, generator=generator) for n, W in base.items()}
+    folders = (
+        write_checkpoint(tmp_path / "b", base, model_type),
+        write_checkpoint(tmp_path / "a", aligned, model_type),
+    )
+    adapter = lora({f"transformer.{n}": s for n, s in shapes.items()}, fan_in_fan_out=True)
+    results = []
+    for like in (None, adapter):
+        subspace = SafetySubspace.estimate(*folders, rank=8, like=like)
+        new, _ = correct(adapter, subspace)
+        results.append({n: m.B @ m.A for n, m in new.modules.items()})
+    import oracle
+
+    for name, (d_out, d_in) in shapes.items():
+        D = (aligned[name] - base[name]).double().mT
+        assert D.shape == (d_out, d_in)
+        left, _, right = torch.linalg.svd(D)
+        module = adapter.modules[f"transformer.{name}"]
+        wanted = oracle.correct(
+            module.B @ module.A, left[:, :8], right[:8].mT, (0, 10, 10, 10), "direction"
+        )
+        for result in results:
+            error = (result[f"transformer.{name}"].double() - wanted).norm() / wanted.norm()
+            assert float(error) <= 2e-2  # the two subspaces differ by what the estimate may miss
+
+
+def test_equal_modules_have_no_directions_and_equal_models_are_an_error(tmp_path):
+    base, aligned = layer(0), layer(1)
+    aligned["model.layers.0.k_proj"] = base["model.layers.0.k_proj"]
+    first = write_checkpoint(tmp_path / "b", base)
+    subspace = SafetySubspace.estimate(first, write_checkpoint(tmp_path / "a", aligned), rank=4)
+    assert subspace.modules["model.layers.0.k_proj"].U.shape == (16, 0)
+    subspace.save(tmp_path / "s.safetensors")
+    assert SafetySubspace.load(tmp_path / "s.safetensors").modules.keys() == base.keys()
+    with pytest.raises(CsuloraError, match="equal"):
+        SafetySubspace.estimate(first, first, rank=4)
+
+
+def test_peak_memory_is_a_few_modules(tmp_path):
+    """Two models of 24 x 4 MB stay on disk: the resident set grows by far less than one of them."""
+    for name, seed in (("b", 0), ("a", 1)):
+        weights = {
+            f"model.layers.{i}.q_proj": gaussian(1024, 1024) * (seed + i + 1) for i in range(24)
+        }
+        write_checkpoint(tmp_path / name, weights)
+    code = f"""
+import resource, torch
+from csulora import SafetySubspace
+torch.linalg.svd(torch.randn(64, 64)); torch.linalg.eigh(torch.randn(64, 64).double())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+SafetySubspace.estimate({str(tmp_path / "b")!r}, {str(tmp_path / "a")!r}, rank=4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 60 * 1024  # kB; both models are 192 MB

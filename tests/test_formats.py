@@ -1,0 +1,133 @@
+"""Bytes and keys of what csulora writes, and the names it promises."""
+
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+
+import builders
+import torch
+from safetensors import safe_open
+
+import csulora
+from csulora.files import write_safetensors
+from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
+
+
+def test_golden_bytes_of_a_subspace_file(tmp_path):
+    module = ModuleSubspace(
+        U=torch.eye(3)[:, :2], S=torch.tensor([2.0, 1.0]), V=torch.eye(4)[:, :2], energy_share=0.5
+    )
+    subspace = SafetySubspace({"m": module}, Origin("base", "aligned", "d0", "d1", 7))
+    subspace.save(tmp_path / "s.safetensors")
+    data = (tmp_path / "s.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    assert data[8 : 8 + length].rstrip() == (
+        b'{"__metadata__":{"aligned":"aligned","aligned_digest":"d1","base":"base",'
+        b'"base_digest":"d0","csulora_format":"csulora_subspace/1",'
+        b'"energy_share":"{\\"m\\": 0.5}","fan_in_fan_out":"[]","seed":"7"},'
+        b'"m.S":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"m.U":{"dtype":"F32","shape":[3,2],"data_offsets":[8,32]},'
+        b'"m.V":{"dtype":"F32","shape":[4,2],"data_offsets":[32,64]}}'
+    )
+    body = torch.frombuffer(bytearray(data[8 + length :]), dtype=torch.float32)
+    assert body.tolist() == [2, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0]
+    assert subspace.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_mixed_types_are_aligned_and_read_by_safetensors(tmp_path):
+    tensors = {
+        "half": torch.arange(3, dtype=torch.bfloat16),
+        "single": torch.arange(5, dtype=torch.float32),
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "empty": torch.empty(0, 4),
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"z": "1", "a": "é"})
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"z": "1", "a": "é"}
+        assert all(torch.equal(file.get_tensor(name), X) for name, X in tensors.items())
+
+
+def test_report_holds_what_it_promises(capsys, tmp_path, subspace, adapter):
+    arguments = ("correct", adapter, "--subspace", subspace, "--out-dir", tmp_path / "out")
+    assert builders.run(capsys, *arguments, "--lambda-off", "inf").code == 0
+    text = (tmp_path / "out" / adapter.name / builders.REPORT).read_text()
+    report = json.loads(text, parse_constant=lambda name: 1 / 0)  # NaN and Infinity are not JSON
+    assert report["settings"]["lambda_off"] == "inf"
+    assert report["subspace"]["sha256"] == builders.digest(subspace)
+    assert report["source"]["sha256"] == builders.digest(adapter / builders.WEIGHTS)
+    assert report["source"]["config_sha256"] == builders.digest(adapter / builders.CONFIG)
+    assert set(report["modules"]) == set(builders.LAYERS)
+    blocks = {"aligned", "partial_left", "partial_right", "off"}
+    for entry in (*report["modules"].values(), report["totals"]):
+        assert set(entry["relative_energy_before"]) == blocks
+        assert set(entry["relative_energy_after"]) == blocks
+        assert abs(sum(entry["relative_energy_before"].values()) - 1) < 1e-9
+        assert entry["relative_energy_after"]["off"] == 0 < entry["relative_change"]
+    assert all((m["rank_in"], m["rank_out"]) == (4, 8) for m in report["modules"].values())
+    copied = tmp_path / "out" / adapter.name / "README.md"
+    assert copied.read_bytes() == (adapter / "README.md").read_bytes()
+
+
+def test_public_names():
+    assert csulora.__all__ == [
+        "Correction",
+        "CsuloraError",
+        "LoraAdapter",
+        "LoraModule",
+        "ModuleReport",
+        "ModuleSubspace",
+        "Outcome",
+        "Report",
+        "SafetySubspace",
+        "UsageError",
+        "correct",
+        "correct_many",
+        "decompose",
+    ]
+    assert all(hasattr(csulora, name) for name in csulora.__all__)
+    assert str(inspect.signature(csulora.Correction)).startswith(
+        "(lambda_aligned: 'float' = 0.0, lambda_left: 'float' = 10.0, "
+        "lambda_right: 'float' = 10.0, lambda_off: 'float' = 10.0, granularity: "
+    )
+    assert list(inspect.signature(csulora.correct).parameters)[:3] == [
+        "adapter",
+        "subspace",
+        "correction",
+    ]
+
+
+def test_every_option_of_the_contract_parses(tmp_path):
+    from csulora.cli import build_parser
+
+    parser = build_parser()
+    for line in (
+        "estimate B A --out s --rank 64 --modules q_proj,v_proj",
+        "estimate B A --out s --energy 0.5 --like L",
+        "correct A B --subspace s --out-dir o --lambda-partial 1 --lambda-off 2 --lambda-aligned 3"
+        " --granularity component --rank same --subspace-rank 8 --dtype bfloat16 --portable"
+        " --pass-through --backend torch --device cpu --adapters-from - --jobs 2 --overwrite --json",
+        "correct A --subspace s --out-dir o --lambda-left 1 --lambda-right 2 --resume",
+        "inspect A --subspace s --json --plot f.png",
+        "demo --out-dir d",
+    ):
+        assert parser.parse_args(line.split()).run
+
+
+def test_import_is_light_and_quick():
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import csulora
+print(time.perf_counter() - start)
+heavy = {"triton", "transformers", "peft", "matplotlib", "huggingface_hub", "rich"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
+    assert {run.stdout.splitlines()[1] for run in runs} == {"[]"}

@@ -1,0 +1,246 @@
+"""PEFT is the judge: it loads the corrected folder, and the merged weights are base + dense oracle."""
+
+import oracle
+import pytest
+import torch
+from tolerances import TOLERANCES
+
+from csulora import Correction, CsuloraError, LoraAdapter, SafetySubspace, correct
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+SETTINGS = [
+    Correction(),
+    Correction(0, 5, 50, 500, granularity="component"),
+    Correction(30, 0, 30, 0),
+    Correction(rank="same"),
+]
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=61,
+        )
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def world(request, tmp_path_factory):
+    """(kind, folder) with `base` and `aligned` checkpoints and their `subspace.safetensors`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = build(request.param)
+    model.save_pretrained(folder / "base", max_shard_size="20KB")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "aligned")
+    subspace = SafetySubspace.estimate(folder / "base", folder / "aligned", rank=6)
+    subspace.save(folder / "subspace.safetensors")
+    return request.param, folder
+
+
+def aligned_model(world):
+    kind, folder = world
+    cls = {"llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel}[kind]
+    return cls.from_pretrained(folder / "aligned", dtype=torch.float32)
+
+
+def make_adapter(world, folder, dtype=torch.float32, **options):
+    """A PEFT adapter with random factors over all block-level linear layers."""
+    targets = {
+        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "gpt2": ["c_attn", "c_proj", "c_fc"],
+    }[world[0]]
+    options = {"r": 3, "lora_alpha": 5, "target_modules": targets} | options
+    model = peft.get_peft_model(aligned_model(world), peft.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged_updates(world, folder):
+    """W_merged - W_aligned by parameter, as PEFT computes it from an adapter folder."""
+    model = aligned_model(world)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    # float32 whatever the files hold, so that the merge itself does not round
+    loaded = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    after = dict(loaded.merge_and_unload().named_parameters())
+    return {name: (after[name] - before[name]).detach().double() for name in before}
+
+
+def check(world, folder, corrected_folder, correction, tolerance, subspace):
+    raw, found = merged_updates(world, folder), merged_updates(world, corrected_folder)
+    checked = 0
+    for name, module in subspace.modules.items():
+        key = name + ".weight"
+        dW, result = (X[key].mT if module.fan_in_fan_out else X[key] for X in (raw, found))
+        wanted = oracle.correct(
+            dW, module.U, module.V, correction.strengths, correction.granularity
+        )
+        if correction.rank == "same":
+            kept, truth = (oracle.blocks(X, module.U, module.V)[0] for X in (result, wanted))
+            assert float((kept - truth).norm()) <= tolerance * float(dW.norm())
+        else:
+            assert float((result - wanted).norm()) <= tolerance * float(wanted.norm())
+        checked += 1
+    assert checked == len([name for name in raw if float(raw[name].norm()) > 0])
+
+
+# Merging adds a float32 rounding of W to each entry, which the oracle does not see.
+MERGE = 2e-5
+
+
+@pytest.mark.parametrize("correction", SETTINGS, ids=str)
+@pytest.mark.parametrize("portable", [False, True])
+def test_merged_weights_are_base_plus_oracle(world, tmp_path, correction, portable):
+    folder = make_adapter(world, tmp_path / "adapter")
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    new, _ = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
+    new.save(tmp_path / "new")
+    check(world, folder, tmp_path / "new", correction, MERGE, subspace)
+
+
+PATTERNS = {
+    "llama": {
+        "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\..*": 1},
+        "alpha_pattern": {"model.layers.0.self_attn.v_proj": 11, "mlp.up_proj": 2},
+    },
+    "gpt2": {
+        "rank_pattern": {"attn.c_proj": 8, "c_fc": 1},
+        "alpha_pattern": {"transformer.h.1.mlp.c_proj": 11, "c_attn": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("rank", ["exact", "same"])
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("patterned", [False, True])
+def test_scaling_rules(world, tmp_path, rank, portable, use_rslora, patterned):
+    """rsLoRA, rank_pattern and alpha_pattern; ranks above k = 6 and of 1; by PEFT's own rules."""
+    options = PATTERNS[world[0]] if patterned else {}
+    folder = make_adapter(world, tmp_path / "adapter", use_rslora=use_rslora, **options)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    correction = Correction(rank=rank)
+    new, report = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
+    new.save(tmp_path / "new")
+    check(world, folder, tmp_path / "new", correction, MERGE, subspace)
+    config = peft.LoraConfig.from_pretrained(tmp_path / "new")
+    ranks = {module.rank_out for module in report.modules.values()}
+    if portable:
+        assert config.lora_alpha == config.r and ranks == {config.r}
+        assert not config.rank_pattern and not config.alpha_pattern and not config.use_rslora
+    else:
+        assert config.use_rslora == use_rslora
+    if rank == "same" and not portable:
+        original = peft.LoraConfig.from_pretrained(folder)
+        assert (config.r, config.rank_pattern) == (original.r, original.rank_pattern)
+
+
+@pytest.mark.parametrize("rank", ["exact", "same"])
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_stay_within_two_ulp(world, tmp_path, dtype, rank, portable):
+    folder = make_adapter(world, tmp_path / "adapter", dtype)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    correction = Correction(rank=rank)
+    new, _ = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
+    assert all(m.A.dtype == dtype and m.B.dtype == dtype for m in new.modules.values())
+    new.save(tmp_path / "new")
+    check(world, folder, tmp_path / "new", correction, TOLERANCES[dtype], subspace)
+
+
+def test_small_float16_factors_keep_their_digits(world, tmp_path):
+    """Entries near 1e-6 would fall among the subnormal float16 numbers if written as they come."""
+    folder = make_adapter(world, tmp_path / "adapter")
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    adapter = LoraAdapter.load(folder)
+    for module in adapter.modules.values():
+        module.B.mul_(1e-4)
+    exact, _ = correct(adapter, subspace)
+    half, _ = correct(adapter, subspace, dtype=torch.float16)
+    for name, module in half.modules.items():
+        wanted = exact.modules[name].B.double() @ exact.modules[name].A.double()
+        error = (module.B.double() @ module.A.double() - wanted).norm() / wanted.norm()
+        assert float(error) <= TOLERANCES[torch.float16]
+
+
+def test_dtype_option_and_overflow(world, tmp_path):
+    folder = make_adapter(world, tmp_path / "adapter")
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    adapter = LoraAdapter.load(folder)
+    new, _ = correct(adapter, subspace, dtype=torch.bfloat16)
+    assert {m.A.dtype for m in new.modules.values()} == {torch.bfloat16}
+    first = next(iter(adapter.modules.values()))
+    first.A.mul_(1e7)
+    first.B.mul_(1e7)
+    with pytest.raises(CsuloraError, match="does not fit"):
+        correct(adapter, subspace, dtype=torch.float16)
+    first.A.mul_(1e20)
+    with pytest.raises(CsuloraError, match="overflow"):
+        correct(adapter, subspace)
+
+
+def test_zero_strengths_return_the_adapter_bit_for_bit(world, tmp_path):
+    folder = make_adapter(world, tmp_path / "adapter", torch.bfloat16)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    adapter = LoraAdapter.load(folder)
+    new, report = correct(adapter, subspace, Correction(0, 0, 0, 0))
+    for name, module in adapter.modules.items():
+        assert torch.equal(new.modules[name].A, module.A)
+        assert torch.equal(new.modules[name].B, module.B)
+    assert report.totals.relative_change == 0
+
+
+def test_dora_passes_through_under_peft(world, tmp_path):
+    """Copied uncorrected: PEFT gives the same merged weights before and after."""
+    folder = make_adapter(world, tmp_path / "adapter", use_dora=True)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
+    assert report.totals.modules == 0 and len(report.passed_through) > 0
+    new.save(tmp_path / "new")
+    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
+    assert all(torch.equal(raw[name], found[name]) for name in raw)
+
+
+def test_modules_to_save_pass_through_beside_corrected_modules(world, tmp_path):
+    folder = make_adapter(world, tmp_path / "adapter", modules_to_save=["lm_head"])
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    with pytest.raises(CsuloraError, match="lm_head"):
+        LoraAdapter.load(folder)
+    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
+    new.save(tmp_path / "new")
+    assert report.totals.modules == len(subspace.modules)
+    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
+    changed = [name for name in raw if not torch.equal(raw[name], found[name])]
+    assert len(changed) == len(subspace.modules)
+
+
+def test_lora_on_an_embedding_passes_through_with_its_own_rank(world, tmp_path):
+    """The linear modules double their rank; the embedding keeps its own, and PEFT agrees."""
+    names = {"llama": ["q_proj", "embed_tokens"], "gpt2": ["c_attn", "wte"]}[world[0]]
+    folder = make_adapter(world, tmp_path / "adapter", target_modules=names)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
+    new.save(tmp_path / "new")
+    assert report.totals.modules == 2
+    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
+    changed = {name for name in raw if not torch.equal(raw[name], found[name])}
+    assert changed == {f"{name}.weight" for name in report.modules}

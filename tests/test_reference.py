@@ -1,0 +1,167 @@
+"""The factor form against the dense float64 oracle."""
+
+import itertools
+import math
+
+import oracle
+import pytest
+import torch
+from tolerances import TOLERANCES
+
+from csulora import reference
+from csulora.settings import Correction
+
+SHAPES = [  # d_out, d_in, r, k
+    (48, 40, 1, 3),
+    (96, 64, 8, 16),
+    (64, 96, 40, 16),  # r above k
+    (33, 70, 3, 7),
+    (300, 260, 16, 64),
+    (40, 24, 8, 24),  # the subspace spans the whole input side
+    (20, 30, 4, 0),  # no subspace at all
+]
+STRENGTHS = [
+    (0, 10, 10, 10),
+    (0, 1e4, 1e4, 1e4),
+    (0, 0, 0, 1e4),
+    (10, 0, 10, 0),
+    (1e4, 1, 1e2, 0),
+    (3, 3, 3, 3),
+    (0, math.inf, math.inf, math.inf),
+]
+
+
+def factors(d_out, d_in, r, k, dtype=torch.float64, seed=0, inside=0.0):
+    """B, A, U, V; `inside` adds that much of the subspace to the factors. U, V exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    U, V = (torch.linalg.qr(randn(d, k))[0] if k else randn(d, 0) for d in (d_out, d_in))
+    B = randn(d_out, r) + inside * U @ randn(k, r)
+    A = randn(r, d_in) + inside * randn(r, k) @ V.mT
+    return tuple(X.to(dtype) for X in (B, A, U, V))
+
+
+def run(B, A, U, V, correction):
+    projection = reference.project(B, A, U, V)
+    cores = reference.solve(projection, correction)
+    return (*reference.recompose(B, A, U, V, projection, cores), cores)
+
+
+def relative_error(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("granularity", ["direction", "component"])
+@pytest.mark.parametrize("strengths", STRENGTHS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_exact_equals_oracle(shape, strengths, granularity, dtype):
+    B, A, U, V = factors(*shape, dtype=dtype)
+    wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
+    B_new, A_new, cores = run(B, A, U, V, Correction(*strengths, granularity=granularity))
+    assert B_new.shape == (shape[0], 2 * shape[2]) and A_new.shape == (2 * shape[2], shape[1])
+    # Factors of an update that is all but removed still carry the rounding of the update itself.
+    floor = 2 * torch.finfo(dtype).eps * float((B @ A).norm())
+    error = float((B_new.double() @ A_new.double() - wanted).norm())
+    assert error <= max(TOLERANCES[dtype] * float(wanted.norm()), floor)
+    assert float(cores.rank_error) == 0
+
+
+@pytest.mark.parametrize("inside", [1.0, 3.0])
+@pytest.mark.parametrize("granularity", ["direction", "component"])
+@pytest.mark.parametrize("strengths", STRENGTHS[:6])
+def test_exact_float32_where_the_update_lies_mostly_inside(strengths, granularity, inside):
+    B, A, U, V = factors(300, 260, 16, 8, dtype=torch.float32, inside=inside)
+    wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
+    B_new, A_new, _ = run(B, A, U, V, Correction(*strengths, granularity=granularity))
+    assert relative_error(B_new.double() @ A_new.double(), wanted) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("granularity", ["direction", "component"])
+@pytest.mark.parametrize("strengths", STRENGTHS[:6])
+@pytest.mark.parametrize("shape", SHAPES[:5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_same_keeps_the_pinned_block_and_reports_its_error(shape, strengths, granularity, dtype):
+    B, A, U, V = factors(*shape, dtype=dtype)
+    correction = Correction(*strengths, granularity=granularity, rank="same")
+    B_new, A_new, cores = run(B, A, U, V, correction)
+    assert B_new.shape == B.shape and A_new.shape == A.shape
+    dW, found = B.double() @ A.double(), B_new.double() @ A_new.double()
+    wanted = oracle.correct(dW, U, V, strengths, granularity)
+    pinned = 0 if strengths[0] <= strengths[3] else 3
+    kept = oracle.blocks(found, U, V)[pinned]
+    truth = oracle.blocks(wanted, U, V)[pinned]
+    assert relative_error(kept, truth) <= TOLERANCES[dtype]
+    assert relative_error(found, wanted) == pytest.approx(float(cores.rank_error), abs=2e-5)
+
+
+@pytest.mark.parametrize("granularity", ["direction", "component"])
+def test_same_is_near_the_best_rank_r_matrix(granularity):
+    """Never past twice the best rank-r error (which need not keep any block) at the defaults."""
+    for seed, shape in itertools.product(range(3), SHAPES[1:2] + SHAPES[4:5]):
+        B, A, U, V = factors(*shape, seed=seed)
+        correction = Correction(granularity=granularity, rank="same")
+        _, _, cores = run(B, A, U, V, correction)
+        wanted = oracle.correct(B @ A, U, V, correction.strengths, granularity)
+        singular = torch.linalg.svdvals(wanted)
+        best = float(singular[shape[2] :].norm() / singular.norm())
+        assert float(cores.rank_error) <= 2 * best + 1e-9
+
+
+@pytest.mark.parametrize("rank", ["exact", "same"])
+@pytest.mark.parametrize("granularity", ["direction", "component"])
+def test_energies_and_change_are_those_of_the_matrices(granularity, rank):
+    B, A, U, V = factors(96, 64, 8, 16)
+    correction = Correction(1, 2, 30, 400, granularity=granularity, rank=rank)
+    B_new, A_new, cores = run(B, A, U, V, correction)
+    E = (B @ A).square().sum()
+    torch.testing.assert_close(cores.energy, E)
+    torch.testing.assert_close(cores.before, oracle.energies(B @ A, U, V) / E)
+    torch.testing.assert_close(cores.after, oracle.energies(B_new @ A_new, U, V) / E)
+    change = (B_new @ A_new - B @ A).norm() / E.sqrt()
+    torch.testing.assert_close(cores.relative_change, change)
+
+
+@pytest.mark.parametrize("rank", ["exact", "same"])
+def test_a_stack_is_solved_like_its_modules(rank):
+    """Batched and one by one agree, whatever else is in the batch."""
+    correction = Correction(0, 5, 50, 500, rank=rank)
+    alone = [factors(40, 30, 5, 6, seed=seed) for seed in range(3)]
+    stacked = [torch.stack(parts) for parts in zip(*alone, strict=True)]
+    B_all, A_all, _ = run(*stacked, correction)
+    for i, one in enumerate(alone):
+        B_one, A_one, _ = run(*one, correction)
+        assert relative_error(B_all[i] @ A_all[i], B_one @ A_one) <= 1e-6
+
+
+def test_zero_update_stays_zero_without_nan():
+    B, A, U, V = factors(20, 30, 4, 5)
+    for rank in ("exact", "same"):
+        B_new, A_new, cores = run(0 * B, A, U, V, Correction(rank=rank))
+        assert float((B_new @ A_new).abs().max()) == 0
+        assert all(bool(torch.isfinite(X).all()) for X in cores if X is not None)
+
+
+@pytest.mark.parametrize("strength", [1e6, 1e9, 1e12])
+def test_huge_strengths_do_not_blow_up_on_rounding(strength):
+    """A factor inside the subspace leaves G - G_in as rounding noise of either sign."""
+    B, A, U, V = factors(300, 260, 16, 24, dtype=torch.float32)
+    B, A = U @ (U.mT @ B), (A @ V) @ V.mT
+    for granularity in ("direction", "component"):
+        correction = Correction(0, strength, strength, strength, granularity=granularity)
+        B_new, A_new, _ = run(B, A, U, V, correction)
+        assert relative_error(B_new.double() @ A_new.double(), B.double() @ A.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("r", [2, 6])
+def test_rank_deficient_factors(r):
+    B, A, U, V = factors(40, 30, r, 5)
+    B[:, -1], A[-1] = B[:, 0], 0
+    for rank in ("exact", "same"):
+        B_new, A_new, cores = run(B, A, U, V, Correction(rank=rank))
+        wanted = oracle.correct(B @ A, U, V, (0, 10, 10, 10), "direction")
+        error = relative_error(B_new @ A_new, wanted)
+        assert error <= float(cores.rank_error) + 1e-9
