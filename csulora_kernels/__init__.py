@@ -1,0 +1,35 @@
+"""CSULoRA on packed adapters: three kernel launches for all modules of all adapters of a batch.
+
+Imports torch alone; Triton is imported by the first call that needs it.
+"""
+
+from csulora_kernels.api import (
+    Cores,
+    Projection,
+    Result,
+    Workspace,
+    correct,
+    project,
+    recompose,
+    solve,
+    workspace,
+)
+from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
+
+__all__ = [
+    "Basis",
+    "Cores",
+    "Penalties",
+    "Projection",
+    "Result",
+    "Table",
+    "Workspace",
+    "correct",
+    "empty_like",
+    "pack",
+    "pack_basis",
+    "project",
+    "recompose",
+    "solve",
+    "workspace",
+]

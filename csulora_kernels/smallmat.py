@@ -1,0 +1,207 @@
+"""Small dense float64 algebra for one program: matrices of R x R in scratch memory, by tiles of T x T.
+
+Scratch is global memory that one program alone uses and that stays in cache; with it one code serves
+every rank, where registers would end at 64. `p_s` is the scratch of the program, and a matrix is its number there: a
+number is one register where a pointer is two, and the solve kernel holds many. Each function ends with a barrier: what its threads wrote
+is what the next function's threads read. A result may not be one of its own operands.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(i, j, R: tl.constexpr, T: tl.constexpr):
+    """(T, T) offsets of tile (i, j) of a row-major matrix with R columns."""
+    return (i * T + tl.arange(0, T))[:, None] * R + (j * T + tl.arange(0, T))[None, :]
+
+
+@triton.jit
+def tile_count(SIZE: tl.constexpr, T: tl.constexpr):
+    """SIZE // T, hidden from the compiler by a factor that is always 1 (the grid is flat): with the
+    loops over tiles unrolled, the kernel for rank 128 is thirty times the code and spills."""
+    return (SIZE // T) * tl.num_programs(1)
+
+
+@triton.jit(noinline=True)
+def multiply(
+    p_s,
+    c,
+    a,
+    b,
+    base,
+    alpha,
+    gamma,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    TRANS_A: tl.constexpr = False,
+    TRANS_B: tl.constexpr = False,
+    BASE: tl.constexpr = False,
+):
+    """c = alpha a b + gamma I (+ base), with a and b transposed as asked."""
+    p_c = p_s + c * (R * R)
+    p_a = p_s + a * (R * R)
+    p_b = p_s + b * (R * R)
+    p_base = p_s + base * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            b_c = tl.zeros([T, T], tl.float64)
+            for n in range(tile_count(R, T)):
+                if TRANS_A:
+                    b_a = tl.trans(tl.load(p_a + tile(n, i, R, T)))
+                else:
+                    b_a = tl.load(p_a + tile(i, n, R, T))
+                if TRANS_B:
+                    b_b = tl.trans(tl.load(p_b + tile(j, n, R, T)))
+                else:
+                    b_b = tl.load(p_b + tile(n, j, R, T))
+                b_c = tl.dot(b_a, b_b, b_c, out_dtype=tl.float64)
+            row = i * T + tl.arange(0, T)
+            column = j * T + tl.arange(0, T)
+            b_c = alpha * b_c + tl.where(row[:, None] == column[None, :], gamma, 0.0)
+            if BASE:
+                b_c += tl.load(p_base + tile(i, j, R, T))
+            tl.store(p_c + tile(i, j, R, T), b_c)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def inner(p_s, a, b, c, d, R: tl.constexpr, T: tl.constexpr, MINUS: tl.constexpr):
+    """<a, c>, or <a - b, c - d> if MINUS, as one number."""
+    p_a = p_s + a * (R * R)
+    p_b = p_s + b * (R * R)
+    p_c = p_s + c * (R * R)
+    p_d = p_s + d * (R * R)
+    total = tl.zeros([T], tl.float64)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            o_tile = tile(i, j, R, T)
+            b_a = tl.load(p_a + o_tile)
+            b_c = tl.load(p_c + o_tile)
+            if MINUS:
+                b_a -= tl.load(p_b + o_tile)
+                b_c -= tl.load(p_d + o_tile)
+            total += tl.sum(b_a * b_c, axis=1)
+    tl.debug_barrier()
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(noinline=True)
+def scaled_identity(p_s, c, value, R: tl.constexpr, T: tl.constexpr):
+    """c = value I."""
+    p_c = p_s + c * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            row = i * T + tl.arange(0, T)
+            column = j * T + tl.arange(0, T)
+            b_c = tl.where(row[:, None] == column[None, :], value, 0.0).to(tl.float64)
+            tl.store(p_c + tile(i, j, R, T), b_c)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def copy(p_s, c, a, R: tl.constexpr, T: tl.constexpr):
+    """c = a."""
+    p_c = p_s + c * (R * R)
+    p_a = p_s + a * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            tl.store(p_c + tile(i, j, R, T), tl.load(p_a + tile(i, j, R, T)))
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def add_ridge(p_s, m, ridge, R: tl.constexpr):
+    """m += ridge * mean(diagonal) * I, or + I where the diagonal is zero."""
+    p_diagonal = p_s + m * (R * R) + tl.arange(0, R) * (R + 1)
+    b_diagonal = tl.load(p_diagonal)
+    scale = ridge * tl.sum(b_diagonal, axis=0) / R
+    tl.debug_barrier()
+    tl.store(p_diagonal, b_diagonal + tl.where(scale > 0, scale, 1.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sweep_tile(b_s, T: tl.constexpr):
+    """-(s^-1) for a symmetric positive definite tile: the sweep operator on every index in turn.
+
+    Positive definite matrices need no pivoting; the sweep keeps the matrix symmetric, so a row
+    serves as its column too and one matrix is all there is.
+    """
+    row = tl.arange(0, T)[:, None]
+    column = tl.arange(0, T)[None, :]
+    for n in range(T):
+        b_row = tl.sum(tl.where(row == n, b_s, 0.0), axis=0)
+        b_column = tl.sum(tl.where(column == n, b_s, 0.0), axis=1)
+        pivot = tl.sum(tl.where(tl.arange(0, T) == n, b_row, 0.0), axis=0)
+        b_swept = b_s - b_column[:, None] * (b_row[None, :] / pivot)
+        b_swept = tl.where(row == n, b_row[None, :] / pivot, b_swept)
+        b_swept = tl.where(column == n, b_column[:, None] / pivot, b_swept)
+        b_s = tl.where((row == n) & (column == n), -1.0 / pivot, b_swept)
+    return b_s
+
+
+@triton.jit(noinline=True)
+def negative_inverse(p_s, m, R: tl.constexpr, T: tl.constexpr):
+    """m = -(m^-1) in place, m symmetric positive definite: the sweep operator by blocks of T."""
+    p_m = p_s + m * (R * R)
+    for n in range(tile_count(R, T)):
+        b_pivot = _sweep_tile(tl.load(p_m + tile(n, n, R, T)), T)
+        for i in range(tile_count(R, T)):
+            if i != n:
+                b_left = tl.load(p_m + tile(i, n, R, T))
+                b_factor = tl.dot(b_left, -b_pivot)
+                for j in range(tile_count(R, T)):
+                    if j != n:
+                        b_s = tl.load(p_m + tile(i, j, R, T))
+                        b_s -= tl.dot(b_factor, tl.load(p_m + tile(n, j, R, T)))
+                        tl.store(p_m + tile(i, j, R, T), b_s)
+        tl.debug_barrier()
+        for i in range(tile_count(R, T)):
+            if i != n:
+                b_factor = tl.dot(tl.load(p_m + tile(i, n, R, T)), -b_pivot)
+                tl.debug_barrier()
+                tl.store(p_m + tile(i, n, R, T), b_factor)
+                tl.store(p_m + tile(n, i, R, T), tl.trans(b_factor))
+        tl.debug_barrier()
+        tl.store(p_m + tile(n, n, R, T), b_pivot)
+        tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def pivoted_cholesky(p_s, l, g, p_scale, tolerance, R: tl.constexpr, T: tl.constexpr):
+    """l with l l^T = g up to rounding, for g positive semidefinite up to rounding.
+
+    Takes the largest remaining diagonal entry relative to the diagonal
+    of the float32 matrix p_scale as the next pivot and stops at `tolerance`: what is left then is noise in every
+    entry, the negative eigenvalues of a difference of Grams among it, and is dropped. Columns of l
+    come in pivot order; the ones not reached are zero.
+    """
+    b_i = tl.arange(0, R)
+    p_l = p_s + l * (R * R)
+    p_g = p_s + g * (R * R)
+    scaled_identity(p_s, l, 0.0, R, T)
+    b_rest = tl.load(p_g + b_i * (R + 1))
+    b_scale = tl.load(p_scale + b_i * (R + 1)).to(tl.float64)
+    b_scale = tl.where(b_scale > 0, 1.0 / tl.where(b_scale > 0, b_scale, 1.0), 0.0)
+    step = 0
+    largest = tl.max(b_rest * b_scale, axis=0)
+    while (step < R) & (largest > tolerance):
+        n = tl.argmax(b_rest * b_scale, axis=0)
+        pivot = tl.sum(tl.where(b_i == n, b_rest, 0.0), axis=0)
+        b_column = tl.load(p_g + n * R + b_i)
+        for j in range((step + T - 1) // T):
+            column = j * T + tl.arange(0, T)
+            b_done = tl.load(p_l + b_i[:, None] * R + column[None, :])
+            b_row = tl.load(p_l + n * R + column)
+            b_column -= tl.sum(b_done * b_row[None, :], axis=1)
+        # Indices already taken have nothing left but rounding.
+        b_column = tl.where(b_rest > 0, b_column / tl.sqrt(pivot), 0.0)
+        b_rest = tl.where(b_i == n, 0.0, tl.maximum(b_rest - b_column * b_column, 0.0))
+        tl.store(p_l + b_i * R + step, b_column)
+        tl.debug_barrier()
+        largest = tl.max(b_rest * b_scale, axis=0)
+        step += 1
+    tl.debug_barrier()

@@ -1,0 +1,101 @@
+"""Tile sizes as a pure function of shapes, type and architecture. No Triton, nothing measured at run time.
+
+`choose` is the only place that knows an architecture; every launcher takes what it returns, and a test
+may give any other `Tiles`. bench/tune.py is the tool to revise it with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from csulora_kernels.layout import Shape
+
+BLOCK_K = 64  # directions per tile; more directions are more tiles
+MAX_RANK = 128  # beyond it csulora_kernels.fallback takes over
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Shape of one kernel's programs."""
+
+    block_d: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Everything about a launch that is not data."""
+
+    R: int  # ranks padded to a power of two
+    K: int  # directions padded to a multiple of BLOCK_K
+    group: int  # adapters that share one basis tile in project
+    project: Launch
+    split_length: int  # d of one program in project, a multiple of its block_d
+    solve_tile: int
+    solve_warps: int
+    solve_programs: int
+    recompose: Launch
+    recompose_adapters: int  # adapters of one program
+
+
+def padded_rank(max_rank: int) -> int:
+    return max(16, 1 << (max_rank - 1).bit_length()) if max_rank > 0 else 16
+
+
+def choose(
+    shapes: tuple[Shape, ...],
+    adapters: int,
+    max_rank: int,
+    dtype: torch.dtype,
+    capability: int,
+    processors: int,
+) -> Tiles:
+    """Tiles for `adapters` adapters of rank up to max_rank on modules of these shapes.
+
+    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors.
+    """
+    R = padded_rank(max_rank)
+    k_max = max((s.k for s in shapes), default=0)
+    K = max(BLOCK_K, -(-k_max // BLOCK_K) * BLOCK_K)
+    # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
+    group = max(1, 64 // R) if adapters > 1 else 1
+    project, recompose = launches(R, group, dtype, capability)
+    # Long stretches mean few partial sums, but the chip needs several programs a processor.
+    groups = -(-adapters // group) * (K // BLOCK_K)
+    lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
+    split_length = 16384
+    while (
+        split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
+    ):
+        split_length //= 2
+    d_tiles = sum(-(-d // recompose.block_d) for d in lengths)
+    shares = min(max(1, adapters), -(-8 * processors // max(1, d_tiles)))
+    per_processor = {16: 8, 32: 4, 64: 2, 128: 1}
+    return Tiles(
+        R=R,
+        K=K,
+        group=group,
+        project=project,
+        split_length=split_length,
+        solve_tile=min(R, 32),
+        solve_warps={16: 2}.get(R, 4),
+        solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
+        recompose=recompose,
+        recompose_adapters=-(-max(1, adapters) // shares),
+    )
+
+
+@lru_cache
+def launches(R: int, group: int, dtype: torch.dtype, capability: int) -> tuple[Launch, Launch]:
+    """(project, recompose): the largest tiles that the compiler fits into registers."""
+    wide = dtype == torch.float32
+    if R * group <= 64:
+        project = Launch(16 if wide else 32, 4, 3)
+    else:
+        project = Launch(16 if wide else 32, 8, 3)
+    recompose = Launch(64, 4 if R <= 32 else 8, 2)
+    return project, recompose
