@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # The alternating fit of `same` stops when a step lowers the squared error by less than this share.
 ALS_STALL = 1e-4
 ALS_MAX_STEPS = 50
-# Relative ridge of the alternating fit: Gram matrices of rank-deficient factors are singular.
-ALS_RIDGE = 1e-10
+# Eigenvalues of a system of the alternating fit below this share of the largest count as zero.
+SINGULAR = 1e-11
 
 
 class Projection(NamedTuple):
@@ -260,7 +260,9 @@ def _alternate(G_p: _Side, G_q: _Side, K: _Blocks) -> tuple[Tensor, Tensor]:
     K holds the target with p as its first side: C = K.ff is met exactly whatever K_A and K_B are.
     """
     C, K_pq, K_qp, K_qq = K
-    K_A, K_B = K_pq, K_qp
+    # Never worse than a start at K_pq, which is stuck at zero where a partial block is removed whole.
+    K_A = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand(C.shape)
+    K_B = K_qp
     CtG = C.mT @ G_p.B
     previous = torch.full(C.shape[:-2], math.inf, dtype=C.dtype, device=C.device)
     active = torch.ones_like(previous, dtype=torch.bool)
@@ -281,15 +283,24 @@ def _alternate(G_p: _Side, G_q: _Side, K: _Blocks) -> tuple[Tensor, Tensor]:
     return K_A, K_B
 
 
-def _ridged(M: Tensor) -> Tensor:
-    scale = M.diagonal(dim1=-2, dim2=-1).mean(-1)
-    scale = torch.where(scale > 0, ALS_RIDGE * scale, torch.ones_like(scale))
-    return M + scale[..., None, None] * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-
-
 def _solve_left(M: Tensor, rhs: Tensor) -> Tensor:
-    return torch.linalg.solve(_ridged(M), rhs)
+    """X with M X = rhs for M symmetric positive semidefinite and rhs in its range, of least norm.
+
+    A rank-deficient factor makes M singular. Whatever rounding puts into its null space the next step
+    of the fit would divide by, so there the pseudo-inverse is taken, and nowhere else, for its price.
+    """
+    L, failed = torch.linalg.cholesky_ex(M)
+    pivots = L.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    largest = M.diagonal(dim1=-2, dim2=-1).amax(-1)
+    regular = (failed == 0) & (pivots > SINGULAR * largest)
+    if bool(regular.all()):
+        return torch.cholesky_solve(rhs, L)
+    X = torch.cholesky_solve(rhs, torch.where(regular[..., None, None], L, torch.eye(M.shape[-1]).to(M)))
+    singular = ~regular
+    inverse = torch.linalg.pinv(M[singular], rtol=SINGULAR, hermitian=True)
+    X[singular] = inverse @ rhs[singular]
+    return X
 
 
 def _solve_right(M: Tensor, rhs: Tensor) -> Tensor:
-    return torch.linalg.solve(_ridged(M), rhs, left=False)
+    return _solve_left(M, rhs.mT).mT

@@ -244,7 +244,7 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     t = WORK
     S = WORK + 1
     rhs = WORK + 2
-    copy(p_s, K_A, K_pq, R, T)
+    copy(p_s, K_A, IDENTITY, R, T)
     multiply(p_s, CtG, C, Bp, 0, 1.0, 0.0, R, T, TRANS_A=True)
     multiply(p_s, CtGC, CtG, C, 0, 1.0, 0.0, R, T)
     multiply(p_s, CtGK, CtG, K_pq, 0, 1.0, 0.0, R, T)

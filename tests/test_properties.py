@@ -26,7 +26,9 @@ corrections = st.builds(
     strength,
     granularity=st.sampled_from(["direction", "component"]),
 )
-quick = settings(max_examples=60, deadline=None)
+# The same examples in every run: a red test must be red again. Search for new ones with a larger
+# max_examples and derandomize off.
+quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def problem(shape):
@@ -43,7 +45,8 @@ def near(found, wanted, scale, tolerance=1e-10):
 def test_lambda_zero_is_the_identity(shape, granularity, rank):
     B, A, U, V = problem(shape)
     B_new, A_new, _ = run(B, A, U, V, Correction(0, 0, 0, 0, granularity=granularity, rank=rank))
-    assert near(B_new @ A_new, B @ A, B @ A, 1e-8)
+    # Gram matrices square the condition of the factors, which the fit of `same` divides by.
+    assert near(B_new @ A_new, B @ A, B @ A, 1e-7)
 
 
 @quick

@@ -165,3 +165,21 @@ def test_rank_deficient_factors(r):
         wanted = oracle.correct(B @ A, U, V, (0, 10, 10, 10), "direction")
         error = relative_error(B_new @ A_new, wanted)
         assert error <= float(cores.rank_error) + 1e-9
+
+
+@pytest.mark.parametrize("shape", [(29, 5, 12, 4), (12, 2, 7, 0), (34, 6, 12, 0), (2, 3, 11, 1)])
+def test_same_returns_the_update_at_strength_zero_where_the_rank_exceeds_a_side(shape):
+    """Every system of the fit is singular here, and an error in its null space would grow."""
+    for seed in range(20):
+        B, A, U, V = factors(*shape, seed=seed)
+        B_new, A_new, _ = run(B, A, U, V, Correction(0, 0, 0, 0, rank="same"))
+        assert relative_error(B_new @ A_new, B @ A) <= 1e-7
+
+
+def test_same_keeps_a_block_that_fills_the_space_beside_an_empty_pinned_one():
+    """A subspace of every direction leaves the pinned off block without energy; the fit has to start."""
+    B, A, U, V = factors(2, 2, 1, 2)
+    correction = Correction(1, 0, math.inf, 0, rank="same")
+    B_new, A_new, _ = run(B, A, U, V, correction)
+    wanted = oracle.correct(B @ A, U, V, correction.strengths, "direction")
+    assert relative_error(B_new @ A_new, wanted) <= 1e-9
