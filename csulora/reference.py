@@ -295,7 +295,9 @@ def _solve_left(M: Tensor, rhs: Tensor) -> Tensor:
     regular = (failed == 0) & (pivots > SINGULAR * largest)
     if bool(regular.all()):
         return torch.cholesky_solve(rhs, L)
-    X = torch.cholesky_solve(rhs, torch.where(regular[..., None, None], L, torch.eye(M.shape[-1]).to(M)))
+    X = torch.cholesky_solve(
+        rhs, torch.where(regular[..., None, None], L, torch.eye(M.shape[-1]).to(M))
+    )
     singular = ~regular
     inverse = torch.linalg.pinv(M[singular], rtol=SINGULAR, hermitian=True)
     X[singular] = inverse @ rhs[singular]
