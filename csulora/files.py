@@ -26,7 +26,7 @@ from csulora.errors import CsuloraError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """A lazy reader of one safetensors file (`keys`, `get_tensor`, `get_slice`, `metadata`)."""
-    _check_regular(path)
+    check_regular(path)
     try:
         reader = safe_open(str(path), framework="pt", device="cpu")
     except FileNotFoundError:
@@ -69,14 +69,26 @@ def read_tensor(handle: Any, path: Path, name: str) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; numbers and text that could not be written back are refused."""
-    _check_regular(path)
+    return parse_json(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file whole."""
+    check_regular(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()
+        return path.read_bytes()
     except FileNotFoundError:
         raise CsuloraError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CsuloraError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """`read_json` of a file whose bytes are at hand."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise CsuloraError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise CsuloraError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -90,7 +102,7 @@ def _finite(literal: str) -> float:
     return value
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: Path) -> None:
     """Refuse what is there but no file: opening a named pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise CsuloraError(f"{path}: not a regular file; refused")
@@ -133,7 +145,7 @@ def safetensors_chunks(
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
