@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from csulora import peft_config
 from csulora.buffers import read_safetensors
-from csulora.errors import CsuloraError
+from csulora.errors import CsuloraError, DiskFullError
 from csulora.files import (
     copy_file,
     inside,
     json_bytes,
     read_bytes,
     resolve_source,
+    sha256_file,
     whole_folder,
     write_bytes,
     write_safetensors,
@@ -179,7 +181,8 @@ class LoraAdapter:
                     write_bytes(temporary / REPORT, json_bytes({**report, "left_out": left_out}))
         except OSError as error:
             place = error.filename or target
-            raise CsuloraError(
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (DiskFullError if full else CsuloraError)(
                 f"{target}: cannot be written ({place}: {error.strerror or error})"
             ) from None
         return left_out
@@ -190,6 +193,16 @@ class LoraAdapter:
         for name in self.extra_modules:
             alphas[name] = peft_config.module_alpha(self.config, name)
         return peft_config.corrected_config(self.config, ranks, alphas)
+
+
+def identify(folder: str | os.PathLike[str]) -> Source:
+    """The digests of an adapter folder (or hub id) without loading it.
+
+    Raises CsuloraError where the folder or one of its two files is missing.
+    """
+    path = resolve_source(folder, HUB_PATTERNS)
+    config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
+    return Source(path, _folder_name(folder), sha256_file(weights), sha256_file(config))
 
 
 def _folder_name(folder: str | os.PathLike[str]) -> str:

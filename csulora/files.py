@@ -205,7 +205,7 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     With `overwrite` an existing folder is replaced, otherwise it is an error. What a killed run left
     behind is for `recover_folders`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
         inner = temporary / "new"
@@ -226,6 +226,14 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, each of them durable."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
 
 
 def recover_folders(parent: Path, names: Collection[str]) -> None:

@@ -1,0 +1,200 @@
+"""Correcting many adapters from folder to folder; one bad adapter never stops the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from csulora.batch import work
+from csulora.batch.journal import Journal
+from csulora.batch.local import LocalEngine
+from csulora.batch.outcome import BATCH_BYTES, Call, Done, Existing, Outcome, Run, make_run
+from csulora.batch.sources import Item, check_targets, find
+from csulora.batch.work import Task
+from csulora.files import recover_folders
+from csulora.settings import Correction
+from csulora.subspace import SafetySubspace
+
+__all__ = ["Call", "Existing", "Outcome", "correct_many", "find", "stream"]
+
+Sift = Callable[[Task], Done | None]
+
+
+class Engine(Protocol):
+    """A started run: `take` gives what has been finished, then None; `stop` ends it early."""
+
+    def take(self) -> list[Done] | None: ...
+
+    def stop(self) -> list[Done]: ...
+
+
+Start = Callable[[Run, SafetySubspace, Iterator[Task], Sift], Engine]
+
+
+def correct_many(
+    adapters: Iterable[str | os.PathLike[str]],
+    subspace: SafetySubspace,
+    out_dir: str | os.PathLike[str],
+    correction: Correction | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    portable: bool = False,
+    pass_through: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+    jobs: int = 1,
+    batch_bytes: int = BATCH_BYTES,
+    existing: Existing = "refuse",
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    on_done: Callable[[Outcome, int, int], None] | None = None,
+) -> list[Outcome]:
+    """Correct each adapter into a folder below `out_dir`; outcomes in the order given.
+
+    Args:
+        adapters: folders, hub ids, folders of adapters, patterns; `csulora.batch.sources.find` says
+            where each goes.
+        jobs: adapters being corrected at once, one thread each (Ray: workers). Each thread's PyTorch
+            calls use as many threads of their own as `torch.set_num_threads` says, so set that to 1
+            before asking for several jobs.
+        batch_bytes: about how much memory the adapters take that are read and not yet written. The
+            corrections at work, one a job, come on top.
+        existing: what to do about an output folder that is there already: fail that adapter, replace
+            it, or (resume) skip it if source, subspace and settings are the same and fail otherwise.
+        engine: "local" threads, or a "ray" cluster at `ray_address` (needs `csulora[ray]`).
+        on_done: called after each adapter, in order, with (outcome, number done, number in all).
+        The rest as in `csulora.correct` and `LoraAdapter.load`.
+
+    Raises UsageError before any work if the call itself is wrong: no adapters, two outputs in one
+    place, another run at work on `out_dir`.
+    """
+    call = Call(
+        out_dir=Path(out_dir),
+        correction=correction or Correction(),
+        dtype=dtype,
+        portable=portable,
+        pass_through=pass_through,
+        backend=backend,
+        device=device,
+        existing=existing,
+        jobs=jobs,
+        batch_bytes=batch_bytes,
+    )
+    items = find(adapters)
+    outcomes: list[Outcome] = []
+    for outcome in stream(items, subspace, call, pick_engine(engine, ray_address)):
+        outcomes.append(outcome)
+        if on_done is not None:
+            on_done(outcome, len(outcomes), len(items))
+    return outcomes
+
+
+def pick_engine(name: str, ray_address: str | None = None) -> Start:
+    """The engine of that name. Raises CsuloraError where Ray is asked for and not installed."""
+    return LocalEngine
+
+
+def stream(
+    items: Sequence[Item], subspace: SafetySubspace, call: Call, start: Start = LocalEngine
+) -> Iterator[Outcome]:
+    """The outcomes of a run, in the order of the items, as they come; nothing is kept.
+
+    Leaving early, by closing this iterator or by an exception such as KeyboardInterrupt, begins
+    nothing more, waits for outputs that are being written and records them. Raises as `correct_many`.
+    """
+    check_targets(items, call.out_dir)
+    run = make_run(call, subspace)
+    journal = Journal(call.out_dir)
+    try:
+        _recover(items, call.out_dir)
+        sift = _Sift(run, journal, items)
+        tasks = (Task(number, item) for number, item in enumerate(items))
+        yield from _in_order(_finished(start(run, subspace, tasks, sift), journal, sift))
+    finally:
+        journal.close()
+
+
+def _finished(engine: Engine, journal: Journal, sift: _Sift) -> Iterator[Done]:
+    """What the engine finishes, each in the journal before it is given on."""
+    try:
+        while (group := engine.take()) is not None:
+            _record(journal, group, sift)
+            yield from group
+    except BaseException:
+        _record(journal, engine.stop(), sift)
+        raise
+
+
+def _record(journal: Journal, group: list[Done], sift: _Sift) -> None:
+    """Journal what was finished. If that fails nothing is lost: reports in the outputs say the same."""
+    if any(done.outcome.kind == "disk full" for done in group):
+        sift.end("the disk is full")
+    try:
+        journal.append(done.line for done in group if done.line is not None)
+    except OSError as error:
+        sift.end(f"the journal cannot be written ({error.strerror})")
+
+
+def _in_order(finished: Iterator[Done]) -> Iterator[Outcome]:
+    waiting: dict[int, Outcome] = {}
+    position = 0
+    for done in finished:
+        waiting[done.number] = done.outcome
+        while position in waiting:
+            yield waiting.pop(position)
+            position += 1
+
+
+class _Sift:
+    """Ends adapters that need no reading; all of them, once the run has to end before its time."""
+
+    def __init__(self, run: Run, journal: Journal, items: Sequence[Item]) -> None:
+        self._run, self._journal = run, journal
+        self._over: str | None = None
+        self._other = _made_otherwise(run, journal, items)
+
+    def end(self, reason: str) -> None:
+        self._over = self._over or reason
+
+    def __call__(self, task: Task) -> Done | None:
+        if self._over:
+            return self._not_started(task, self._over)
+        done = work.sift(self._run, self._journal.entry, task)
+        there = os.path.lexists(self._run.call.out_dir / task.item.target)
+        if done is None and self._other and not there:
+            return self._not_started(
+                task, f"{self._other} was made with other settings, which this would mix"
+            )
+        return done
+
+    def _not_started(self, task: Task, reason: str) -> Done:
+        return work.failed(
+            self._run, task, "not started", f"{task.item.source}: not started, as {reason}"
+        )
+
+
+def _made_otherwise(run: Run, journal: Journal, items: Sequence[Item]) -> Path | None:
+    """An output that the journal knows to be of other settings than those of a resuming run."""
+    if run.call.existing != "resume":
+        return None
+    for item in items:
+        known = journal.entry(item.target)
+        if known is not None and known.get("settings") != run.digest:
+            place = run.call.out_dir / item.target
+            if place.exists():
+                return place
+    return None
+
+
+def _recover(items: Sequence[Item], out_dir: Path) -> None:
+    """Clear away what a killed run left; the journal's lock says that no other run is at work."""
+    names: dict[str, set[str]] = {}
+    for item in items:
+        parent, name = os.path.split(item.target)
+        names.setdefault(parent, set()).add(name)
+    for parent, wanted in names.items():
+        recover_folders(out_dir / parent, wanted)
