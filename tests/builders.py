@@ -177,7 +177,7 @@ def effective(folder: Path) -> dict[str, Tensor]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, by relative path; the journal apart (it holds times)."""
+    """Every file below a folder by relative path, hidden ones too, but no journal (it holds times)."""
     return {
         str((Path(place) / file).relative_to(folder)): (Path(place) / file).read_bytes()
         for place, _, files in os.walk(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -99,19 +100,24 @@ def pick_engine(name: str, ray_address: str | None = None) -> Start:
 
 
 def stream(
-    items: Sequence[Item], subspace: SafetySubspace, call: Call, start: Start = LocalEngine
+    items: Sequence[Item],
+    subspace: SafetySubspace,
+    call: Call,
+    start: Start = LocalEngine,
+    interrupted: threading.Event | None = None,
 ) -> Iterator[Outcome]:
     """The outcomes of a run, in the order of the items, as they come; nothing is kept.
 
-    Leaving early, by closing this iterator or by an exception such as KeyboardInterrupt, begins
-    nothing more, waits for outputs that are being written and records them. Raises as `correct_many`.
+    Once `interrupted` is set, adapters in memory are finished and no others are started. Leaving at
+    once, by closing this iterator or by an exception such as KeyboardInterrupt, waits only for
+    outputs that are being written, and records them. Raises as `correct_many`.
     """
     check_targets(items, call.out_dir)
     run = make_run(call, subspace)
     journal = Journal(call.out_dir)
     try:
         _recover(items, call.out_dir)
-        sift = _Sift(run, journal, items)
+        sift = _Sift(run, journal, items, interrupted or threading.Event())
         tasks = (Task(number, item) for number, item in enumerate(items))
         yield from _in_order(_finished(start(run, subspace, tasks, sift), journal, sift))
     finally:
@@ -152,8 +158,10 @@ def _in_order(finished: Iterator[Done]) -> Iterator[Outcome]:
 class _Sift:
     """Ends adapters that need no reading; all of them, once the run has to end before its time."""
 
-    def __init__(self, run: Run, journal: Journal, items: Sequence[Item]) -> None:
-        self._run, self._journal = run, journal
+    def __init__(
+        self, run: Run, journal: Journal, items: Sequence[Item], interrupted: threading.Event
+    ) -> None:
+        self._run, self._journal, self._interrupted = run, journal, interrupted
         self._over: str | None = None
         self._other = _made_otherwise(run, journal, items)
 
@@ -161,6 +169,8 @@ class _Sift:
         self._over = self._over or reason
 
     def __call__(self, task: Task) -> Done | None:
+        if self._interrupted.is_set():
+            self.end("the run was interrupted")
         if self._over:
             return self._not_started(task, self._over)
         done = work.sift(self._run, self._journal.entry, task)
