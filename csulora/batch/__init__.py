@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,17 +13,15 @@ import torch
 
 from csulora.batch import work
 from csulora.batch.journal import Journal
-from csulora.batch.local import LocalEngine
+from csulora.batch.local import start_local
 from csulora.batch.outcome import BATCH_BYTES, Call, Done, Existing, Outcome, Run, make_run
 from csulora.batch.sources import Item, check_targets, find
-from csulora.batch.work import Task
-from csulora.files import recover_folders
+from csulora.batch.work import Sift, Task
+from csulora.errors import UsageError
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 
 __all__ = ["Call", "Existing", "Outcome", "correct_many", "find", "stream"]
-
-Sift = Callable[[Task], Done | None]
 
 
 class Engine(Protocol):
@@ -33,7 +32,7 @@ class Engine(Protocol):
     def stop(self) -> list[Done]: ...
 
 
-Start = Callable[[Run, SafetySubspace, Iterator[Task], Sift], Engine]
+Start = Callable[[Run, SafetySubspace, Sequence[Item], Sift], Engine]
 
 
 def correct_many(
@@ -87,23 +86,35 @@ def correct_many(
     )
     items = find(adapters)
     outcomes: list[Outcome] = []
-    for outcome in stream(items, subspace, call, pick_engine(engine, ray_address)):
+    for outcome in stream(items, subspace, call, pick_engine(engine, ray_address, jobs)):
         outcomes.append(outcome)
         if on_done is not None:
             on_done(outcome, len(outcomes), len(items))
     return outcomes
 
 
-def pick_engine(name: str, ray_address: str | None = None) -> Start:
-    """The engine of that name. Raises CsuloraError where Ray is asked for and not installed."""
-    return LocalEngine
+def pick_engine(name: str, ray_address: str | None = None, ray_workers: int | None = None) -> Start:
+    """The engine "local" or "ray"; UsageError for another, or where Ray is not installed.
+
+    ray_workers: one for each CPU (or GPU) of the cluster if not given.
+    """
+    if name == "ray":
+        from csulora.batch.ray_engine import RayEngine, check_ray
+
+        check_ray()
+        return partial(RayEngine, address=ray_address, workers=ray_workers)
+    if name != "local":
+        raise UsageError(f"engine must be local or ray, not {name!r}")
+    if ray_address is not None:
+        raise UsageError("a Ray address needs the engine ray")
+    return start_local
 
 
 def stream(
     items: Sequence[Item],
     subspace: SafetySubspace,
     call: Call,
-    start: Start = LocalEngine,
+    start: Start = start_local,
     interrupted: threading.Event | None = None,
 ) -> Iterator[Outcome]:
     """The outcomes of a run, in the order of the items, as they come; nothing is kept.
@@ -116,10 +127,9 @@ def stream(
     run = make_run(call, subspace)
     journal = Journal(call.out_dir)
     try:
-        _recover(items, call.out_dir)
+        work.recover(items, call.out_dir)
         sift = _Sift(run, journal, items, interrupted or threading.Event())
-        tasks = (Task(number, item) for number, item in enumerate(items))
-        yield from _in_order(_finished(start(run, subspace, tasks, sift), journal, sift))
+        yield from _in_order(_finished(start(run, subspace, items, sift), journal, sift))
     finally:
         journal.close()
 
@@ -198,13 +208,3 @@ def _made_otherwise(run: Run, journal: Journal, items: Sequence[Item]) -> Path |
             if place.exists():
                 return place
     return None
-
-
-def _recover(items: Sequence[Item], out_dir: Path) -> None:
-    """Clear away what a killed run left; the journal's lock says that no other run is at work."""
-    names: dict[str, set[str]] = {}
-    for item in items:
-        parent, name = os.path.split(item.target)
-        names.setdefault(parent, set()).add(name)
-    for parent, wanted in names.items():
-        recover_folders(out_dir / parent, wanted)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, Queue, SimpleQueue
 from typing import Any
 
 from csulora.backend import pick_device
 from csulora.batch import work
 from csulora.batch.outcome import Done, Run
-from csulora.batch.work import Corrected, Loaded, Task
+from csulora.batch.sources import Item
+from csulora.batch.work import Corrected, Loaded, Sift, Task
 from csulora.subspace import SafetySubspace
 
 READERS = 2
@@ -26,16 +27,15 @@ HELD = 3
 # Results are handed over, and so journalled, in groups: this long after the first of a group.
 GROUP_SECONDS = 0.1
 
-Sift = Callable[[Task], Done | None]
-
 
 class LocalEngine:
     """A started run. `take` gives finished adapters until None; `stop` ends it early."""
 
     def __init__(
-        self, run: Run, subspace: SafetySubspace, tasks: Iterator[Task], sift: Sift
+        self, run: Run, subspace: SafetySubspace, tasks: Iterable[Task], sift: Sift
     ) -> None:
-        self._run, self._subspace, self._tasks, self._sift = run, subspace, tasks, sift
+        self._run, self._subspace, self._sift = run, subspace, sift
+        self._tasks = iter(tasks)
         self._next = threading.Lock()
         self._stopped = threading.Event()
         self._budget = _Budget(run.call.batch_bytes)
@@ -207,3 +207,11 @@ def _checked(done: Done | BaseException) -> Done:
 def _put(queue: Queue[Any], value: None, times: int) -> None:
     for _ in range(times):
         queue.put(value)
+
+
+def start_local(
+    run: Run, subspace: SafetySubspace, items: Sequence[Item], sift: Sift
+) -> LocalEngine:
+    """The local engine at work on all items."""
+    tasks = (Task(number, item) for number, item in enumerate(items))
+    return LocalEngine(run, subspace, tasks, sift)

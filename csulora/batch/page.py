@@ -83,6 +83,7 @@ def _histogram(axis: Any, values: np.ndarray, label: str, sign: str) -> None:
     # A few outliers are a bar too low to see beside thousands.
     if len(values) > 100:
         axis.set_yscale("symlog", linthresh=10)
+        axis.yaxis.set_major_formatter("{x:g}")
     middle = float(np.median(values))
     axis.axvline(middle, color=RED, linewidth=1.2)
     axis.set_title(f"median {middle:.3g} {sign}", fontsize=10, color=RED)

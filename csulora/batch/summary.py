@@ -24,8 +24,10 @@ from csulora.errors import CsuloraError
 
 SLOWEST = 5
 EXTREMES = 5  # outliers named at each end of each figure
-# An adapter is an outlier this many standard deviations, robustly estimated, from the median.
-FAR = 5.0
+# An adapter is an outlier this many standard deviations, robustly estimated, from the median; of a few
+# adapters none is.
+FAR = 3.5
+FEW = 20
 ROUNDING = 1e-6
 PROBE_BYTES = 1 << 30
 PROBE_FILES = 32
@@ -108,7 +110,7 @@ class Summary:
     def outliers(self) -> list[Outlier]:
         """Adapters far from the median, farthest first; at most a few at each end of each figure."""
         found: dict[Outlier, float] = {}
-        for figure in self.spread():
+        for figure in self.spread() if len(self.off) >= FEW else ():
             values = getattr(self, figure)
             middle = statistics.median(values)
             # 1.4826 times the median distance is the standard deviation of a normal distribution.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from csulora.batch.outcome import Done, Kind, Outcome, Run, Status
 from csulora.batch.sources import Item
 from csulora.correction import correct_batch
 from csulora.errors import CsuloraError, DiskFullError, UsageError
-from csulora.files import read_json
+from csulora.files import read_json, recover_folders
 from csulora.peft_config import FILE as CONFIG
 from csulora.report import Report, Totals
 from csulora.subspace import SafetySubspace
@@ -29,6 +29,7 @@ SETTLED_NS = 2_000_000_000
 
 Entry = Callable[[str], dict[str, Any] | None]
 State = list[list[int]] | None
+Sift = Callable[["Task"], Done | None]
 
 
 class Task(NamedTuple):
@@ -254,3 +255,13 @@ def _size(adapter: LoraAdapter) -> int:
     for module in adapter.modules.values():
         tensors += [module.A, module.B]
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def recover(items: Iterable[Item], out_dir: Path) -> None:
+    """Clear away what a killed run or worker left of these; nobody else may be at work on them."""
+    names: dict[str, set[str]] = {}
+    for item in items:
+        parent, name = os.path.split(item.target)
+        names.setdefault(parent, set()).add(name)
+    for parent, wanted in names.items():
+        recover_folders(out_dir / parent, wanted)

@@ -32,7 +32,7 @@ LINES = 20
 
 def run(arguments: argparse.Namespace) -> int:
     call, items = _call(arguments), find([*arguments.adapters, *_listed(arguments.adapters_from)])
-    start = pick_engine(arguments.engine, arguments.ray_address)
+    start = pick_engine(arguments.engine, arguments.ray_address, arguments.jobs)
     page = None if arguments.page is None else Path(arguments.page)
     if page is not None:
         from csulora.batch.page import check_page
