@@ -20,6 +20,7 @@ from csulora.files import (
     copy_file,
     inside,
     json_bytes,
+    json_rows,
     read_bytes,
     resolve_source,
     sha256_file,
@@ -178,7 +179,7 @@ class LoraAdapter:
                 write_safetensors(temporary / WEIGHTS, tensors, {"format": "pt"})
                 write_bytes(temporary / peft_config.FILE, json_bytes(self._written_config()))
                 if report is not None:
-                    write_bytes(temporary / REPORT, json_bytes({**report, "left_out": left_out}))
+                    write_bytes(temporary / REPORT, json_rows({**report, "left_out": left_out}))
         except OSError as error:
             place = error.filename or target
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -20,7 +20,7 @@ from csulora.batch.work import Corrected, Loaded, Sift, Task
 from csulora.subspace import SafetySubspace
 
 READERS = 2
-WRITERS = 4
+WRITERS = 8  # they mostly wait for the disk
 QUEUE = 16  # adapters that wait before a stage, if the budget allows as many
 # A result of twice the rank is held beside what was read.
 HELD = 3
