@@ -106,12 +106,10 @@ def disk(place: Path, count: int, rounds: int) -> dict:
             "run": run,
             "cp of what is written": copy(out, place / "copy"),
             "cp of what is read": copy(source, place / "copy"),
-            "products": in_threads(products(adapter, subspace), sample) * count / sample,
-            "correct in memory": in_threads(
-                lambda: correct(adapter, subspace, Correction()), sample
-            )
-            * count
-            / sample,
+            "products": on_all_cores(products(adapter, subspace), count),
+            "correct in memory": on_all_cores(
+                lambda: correct(adapter, subspace, Correction()), count
+            ),
         }
         shutil.rmtree(out)
         for name, value in spent.items():
