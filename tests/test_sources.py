@@ -91,6 +91,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tree, monkeypatch):
         (["in/a/x", "elsewhere/../in/a/x"], "rename"),
         (["in/c", "in/a"], "lie within"),  # with the folder below: to c, and to c/below
         (["in/**", "in/*/*"], "rename"),
+        (["in/c", "in/c"], "rename"),
     ],
 )
 def test_collisions_before_any_work(tree, arguments, word, capsys, tmp_path):

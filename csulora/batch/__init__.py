@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -116,7 +116,7 @@ def stream(
     call: Call,
     start: Start = start_local,
     interrupted: threading.Event | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcomes of a run, in the order of the items, as they come; nothing is kept.
 
     Once `interrupted` is set, adapters in memory are finished and no others are started. Leaving at

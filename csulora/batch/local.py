@@ -127,8 +127,11 @@ class LocalEngine:
         loaded = work.read(self._run, task)
         if isinstance(loaded, Done):
             self._end(held, loaded)
-        else:
-            self._loaded.put((held, loaded))
+            return True
+        if not held:  # a hub id, whose size shows only now
+            held = HELD * loaded.size
+            self._budget.add(held)
+        self._loaded.put((held, loaded))
         return True
 
     def _correct(self) -> bool:
@@ -190,6 +193,11 @@ class _Budget:
         with self._changed:
             while self._held and self._held + size > self._size:
                 self._changed.wait()
+            self._held += size
+
+    def add(self, size: int) -> None:
+        """Take without waiting, what is there already."""
+        with self._changed:
             self._held += size
 
     def give(self, size: int) -> None:

@@ -77,6 +77,7 @@ class RayEngine:
         self._shared = ray.put(_to_arrays(subspace)), os.getcwd()
         self._greetings: dict[Any, Any] = {}  # reference: worker that has not started yet
         self._in_hand: dict[Any, tuple[Any, Shard]] = {}  # reference: worker and its shard
+        self._idle: list[Any] = []  # workers that have less than they could
         for _ in range(self._workers):
             self._hire()
 
@@ -119,11 +120,22 @@ class RayEngine:
             return
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        while sum(other is worker for other, _ in self._in_hand.values()) < IN_HAND:
-            shard = self._next_shard()
-            if not shard:
-                break
-            self._in_hand[worker.correct.remote(shard)] = worker, shard
+        if worker not in self._idle:
+            self._idle.append(worker)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give workers that could do with more of what is left."""
+        for worker in list(self._idle):
+            while self._in_hands_of(worker) < IN_HAND:
+                shard = self._next_shard()
+                if not shard:
+                    return
+                self._in_hand[worker.correct.remote(shard)] = worker, shard
+            self._idle.remove(worker)
+
+    def _in_hands_of(self, worker: Any) -> int:
+        return sum(other is worker for other, _ in self._in_hand.values())
 
     def _lost(self, worker: Any, shard: Shard, error: Exception) -> None:
         """A worker is gone: its adapters will be tried again, each alone, by whoever is free."""
@@ -139,9 +151,11 @@ class RayEngine:
             else:
                 text = f"{task.item.source}: its worker died {TRIES} times ({_first_line(error)})"
                 self._ended.append(work.failed(self._run, task, "lost worker", text))
+        self._idle = [other for other in self._idle if other is not worker]
         # The second shard of the same worker comes back by itself, with the same error.
-        if not any(other is worker for other, _ in self._in_hand.values()):
+        if not self._in_hands_of(worker):
             self._hire()
+        self._hand_out()
 
     def _left(self) -> bool:
         return bool(self._again) or self._position < len(self._items)
@@ -163,10 +177,10 @@ class RayEngine:
         return shard
 
     def _close(self) -> None:
-        workers = [*self._greetings.values(), *(worker for worker, _ in self._in_hand.values())]
-        for worker in workers:
+        busy = (worker for worker, _ in self._in_hand.values())
+        for worker in {*self._greetings.values(), *busy, *self._idle}:
             self._ray.kill(worker)
-        self._greetings, self._in_hand = {}, {}
+        self._greetings, self._in_hand, self._idle = {}, {}, []
         if self._own_cluster:
             self._ray.shutdown()
 

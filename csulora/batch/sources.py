@@ -52,11 +52,12 @@ def check_targets(items: Iterable[Item], out_dir: Path) -> None:
     for source, target in items:
         if target == JOURNAL:
             raise UsageError(f"{source}: {JOURNAL} is the name of the journal; rename the adapter")
-        if targets.setdefault(target, source) is not source:
+        if target in targets:
             raise UsageError(
                 f"two adapters would be written to {out_dir / target}: {targets[target]} and {source}; "
                 "rename one, or name a folder above both"
             )
+        targets[target] = source
         origins[os.path.realpath(source)] = source
     for target, source in targets.items():
         for parent in _parents(target):

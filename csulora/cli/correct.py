@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,18 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_page(page)
     subspace = SafetySubspace.load(arguments.subspace, rank=arguments.subspace_rank)
-    check_targets(items, call.out_dir)
-    copy_speed = probe(items, call.out_dir) if arguments.probe else None
+    copy_speed = None
+    if arguments.probe:
+        check_targets(items, call.out_dir)
+        copy_speed = probe(items, call.out_dir)
     summary = Summary(len(items), copy_speed)
     results = _JsonResults() if arguments.json else _TextResults(len(items))
-    with progress("correcting") as report, _interruptible(report.say) as interrupted:
-        for outcome in stream(items, subspace, call, start, interrupted):
+    with (
+        progress("correcting") as report,
+        _interruptible(report.say) as interrupted,
+        contextlib.closing(stream(items, subspace, call, start, interrupted)) as outcomes,
+    ):
+        for outcome in outcomes:
             summary.add(outcome)
             results.add(outcome)
             for line in _complaints(outcome):
@@ -195,9 +202,13 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.error is not None:
         entry |= {"error": outcome.error, "kind": outcome.kind}
+    if outcome.totals is not None:
+        entry["totals"] = asdict(outcome.totals)
     if outcome.report is not None:
-        report = outcome.report.to_dict()
-        entry |= {key: report[key] for key in ("totals", "passed_through", "warnings")}
-        entry["left_out"] = list(outcome.left_out)
-        entry["seconds"] = outcome.seconds
+        entry |= {
+            "passed_through": outcome.report.passed_through,
+            "warnings": outcome.report.warnings,
+            "left_out": list(outcome.left_out),
+            "seconds": outcome.seconds,
+        }
     return entry
