@@ -48,13 +48,15 @@ def test_patterns_and_trees(tree, pattern, expected):
 
 def test_sources_are_paths_that_exist(tree):
     for pattern in ("in/**", str(tree / "**"), "in", "**"):
-        for source, target in find([pattern]):
+        for source, target, local in find([pattern]):
+            assert local
             assert os.path.exists(os.path.join(source, builders.CONFIG))
             assert source.endswith(target)
 
 
 def test_several_arguments_and_a_hub_id(tree):
     assert targets("in/c", "org/model", "in/a") == ["c", "model", "x", "y"]
+    assert [item.local for item in find(["in/c", "org/model"])] == [True, False]
 
 
 def test_a_folder_without_adapters_stays_one_source(tree):

@@ -17,10 +17,14 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 class Item(NamedTuple):
-    """One adapter of a run: a folder or hub id, and its output relative to the output folder."""
+    """One adapter of a run: a folder or hub id, and its output relative to the output folder.
+
+    local: it was there when the arguments were read, so if it vanishes it is not sought on a hub.
+    """
 
     source: str
     target: str
+    local: bool = True
 
 
 def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
@@ -49,7 +53,7 @@ def check_targets(items: Iterable[Item], out_dir: Path) -> None:
         raise UsageError(f"{place}: exists and is not a folder")
     origins: dict[str, str] = {}
     targets: dict[str, str] = {}
-    for source, target in items:
+    for source, target, _ in items:
         if target == JOURNAL:
             raise UsageError(f"{source}: {JOURNAL} is the name of the journal; rename the adapter")
         if target in targets:
@@ -98,7 +102,8 @@ def _expand(argument: str) -> Iterable[Item]:
         below = [Item(path, os.path.relpath(path, argument)) for path in _adapters(argument, None)]
         if below:
             return below
-    return [Item(argument, Path(os.path.abspath(argument)).name)]
+    name = Path(os.path.abspath(argument)).name
+    return [Item(argument, name, local=os.path.lexists(argument))]
 
 
 def _matches(pattern: str) -> list[Item]:
@@ -106,14 +111,11 @@ def _matches(pattern: str) -> list[Item]:
     fixed = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     base = os.path.join(*parts[:fixed]) if fixed else "."
     deepest = None if "**" in parts else len(parts) - fixed
-    items: list[Item] = []
-    above = "\0"
-    for path in _adapters(base, deepest) if os.path.isdir(base) else ():
-        relative = os.path.relpath(path, base)
-        # The walk comes to a folder before what is in it.
-        if _fits(relative.split(os.sep), parts[fixed:]) and not relative.startswith(above):
-            items.append(Item(path if fixed else relative, relative))
-            above = relative + os.sep
+    items = [
+        Item(path if fixed else relative, relative)
+        for path in (_adapters(base, deepest) if os.path.isdir(base) else ())
+        if _fits((relative := os.path.relpath(path, base)).split(os.sep), parts[fixed:])
+    ]
     if not items:
         raise UsageError(f"{pattern}: matches no folder that holds {CONFIG}")
     return items

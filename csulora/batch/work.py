@@ -81,6 +81,8 @@ def read(run: Run, task: Task) -> Loaded | Done:
     start = time.perf_counter()
     target = run.call.out_dir / task.item.target
     try:
+        if task.item.local and not os.path.lexists(task.item.source):
+            raise CsuloraError(f"{task.item.source}: no such folder any more")
         if (run.call.existing == "resume" or task.again) and os.path.lexists(target):
             done = _recognise(run, task, target)
             if not (task.again and run.call.existing == "overwrite" and done.outcome.error):
