@@ -227,6 +227,7 @@ def test_a_journal_that_cannot_be_written_loses_nothing(capsys, batch, monkeypat
     result = call(capsys, source, *common, "--json")
     done = [name for name, (status, _) in outcomes(result).items() if status == "corrected"]
     assert done and not (out / JOURNAL).exists()
+    assert len(result.warnings) == 1 and "journal cannot be written" in result.warnings[0]
     monkeypatch.undo()
     again = call(capsys, source, *common, "--resume", "--json")
     assert again.code == 0

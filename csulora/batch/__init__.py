@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -22,6 +24,9 @@ from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 
 __all__ = ["Call", "Existing", "Outcome", "correct_many", "find", "stream"]
+
+
+COMMIT_SECONDS = 1.0
 
 
 class Engine(Protocol):
@@ -116,12 +121,14 @@ def stream(
     call: Call,
     start: Start = start_local,
     interrupted: threading.Event | None = None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> Generator[Outcome, None, None]:
     """The outcomes of a run, in the order of the items, as they come; nothing is kept.
 
     Once `interrupted` is set, adapters in memory are finished and no others are started. Leaving at
     once, by closing this iterator or by an exception such as KeyboardInterrupt, waits only for
-    outputs that are being written, and records them. Raises as `correct_many`.
+    outputs that are being written, and records them. `warn` is told, once, if the journal cannot be
+    written. Raises as `correct_many`.
     """
     check_targets(items, call.out_dir)
     run = make_run(call, subspace)
@@ -129,30 +136,56 @@ def stream(
     try:
         work.recover(items, call.out_dir)
         sift = _Sift(run, journal, items, interrupted or threading.Event())
-        yield from _in_order(_finished(start(run, subspace, items, sift), journal, sift))
+        recorder = _Recorder(journal, sift, warn)
+        yield from _in_order(_finished(start(run, subspace, items, sift), recorder))
     finally:
         journal.close()
 
 
-def _finished(engine: Engine, journal: Journal, sift: _Sift) -> Iterator[Done]:
-    """What the engine finishes, each in the journal before it is given on."""
+def _finished(engine: Engine, recorder: _Recorder) -> Iterator[Done]:
+    """What the engine finishes, and in the journal within about a second."""
     try:
         while (group := engine.take()) is not None:
-            _record(journal, group, sift)
+            recorder.add(group)
             yield from group
     except BaseException:
-        _record(journal, engine.stop(), sift)
+        recorder.add(engine.stop())
         raise
+    finally:
+        recorder.commit()
 
 
-def _record(journal: Journal, group: list[Done], sift: _Sift) -> None:
-    """Journal what was finished. If that fails nothing is lost: reports in the outputs say the same."""
-    if any(done.outcome.kind == "disk full" for done in group):
-        sift.end("the disk is full")
-    try:
-        journal.append(done.line for done in group if done.line is not None)
-    except OSError as error:
-        sift.end(f"the journal cannot be written ({error.strerror})")
+class _Recorder:
+    """Journals what was finished, many adapters with one fsync.
+
+    An output without its line is known by its own report, so nothing is lost with a group, and nothing
+    if the journal cannot be written at all; but then no more is begun.
+    """
+
+    def __init__(self, journal: Journal, sift: _Sift, warn: Callable[[str], object]) -> None:
+        self._journal, self._sift, self._warn = journal, sift, warn
+        self._broken = False
+        self._lines: list[dict[str, Any]] = []
+        self._last = time.monotonic()
+
+    def add(self, group: list[Done]) -> None:
+        self._lines += [done.line for done in group if done.line is not None]
+        if any(done.outcome.kind == "disk full" for done in group):
+            self._sift.end("the disk is full")
+        if time.monotonic() - self._last >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        try:
+            self._journal.append(self._lines)
+        except OSError as error:
+            reason = f"the journal cannot be written ({error.strerror})"
+            self._sift.end(reason)
+            if not self._broken:
+                self._warn(f"{reason}; finished outputs are whole and known by their reports")
+            self._broken = True
+        self._lines = []
+        self._last = time.monotonic()
 
 
 def _in_order(finished: Iterator[Done]) -> Iterator[Outcome]:

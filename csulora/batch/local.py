@@ -7,7 +7,6 @@ lock. However many adapters there are, only `batch_bytes` of them are in memory 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, Queue, SimpleQueue
 from typing import Any
@@ -24,8 +23,6 @@ WRITERS = 8  # they mostly wait for the disk
 QUEUE = 16  # adapters that wait before a stage, if the budget allows as many
 # A result of twice the rank is held beside what was read.
 HELD = 3
-# Results are handed over, and so journalled, in groups: this long after the first of a group.
-GROUP_SECONDS = 0.1
 
 
 class LocalEngine:
@@ -61,14 +58,10 @@ class LocalEngine:
         if first is None:
             return None
         group = [_checked(first)]
-        deadline = time.monotonic() + GROUP_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                done = self._done.get(timeout=left)
-            except Empty:
-                break
+        while not self._done.empty():
+            done = self._done.get()
             if done is None:
-                self._done.put(None)
+                self._done.put(None)  # for the next call
                 break
             group.append(_checked(done))
         return group

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         progress("correcting") as report,
         _interruptible(report.say) as interrupted,
-        contextlib.closing(stream(items, subspace, call, start, interrupted)) as outcomes,
+        contextlib.closing(
+            stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
+        ) as outcomes,
     ):
         for outcome in outcomes:
             summary.add(outcome)
@@ -111,8 +114,12 @@ def _listed(source: str | None) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def _warn(say: Callable[[str], None], text: str) -> None:
+    say(f"csulora: warning: {one_line(text)}")
+
+
 @contextlib.contextmanager
-def _interruptible(say: Any) -> Iterator[threading.Event]:
+def _interruptible(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one interrupts as usual."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
