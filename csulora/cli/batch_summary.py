@@ -24,19 +24,12 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
-    rows = [
-        (
-            "time",
-            f"{summary.seconds:.1f} s, {summary.counts['corrected'] / (summary.seconds or 1):.1f} "
-            "adapters a second",
-        ),
-        (
-            "weights",
-            f"{_size(summary.bytes_in)} read, {_size(summary.bytes_out)} written, "
-            f"{_size(summary.bytes_per_second)} a second",
-        ),
-    ]
-    if summary.copy_speed is not None:
+    rate = summary.counts["corrected"] / (summary.seconds or 1)
+    rows = [("time", f"{summary.seconds:.1f} s" + f", {rate:.1f} adapters a second" * (rate > 0))]
+    if summary.bytes_out:
+        sizes = f"{_size(summary.bytes_in)} read, {_size(summary.bytes_out)} written"
+        rows.append(("weights", f"{sizes}, {_size(summary.bytes_per_second)} a second"))
+    if summary.copy_speed is not None and summary.bytes_out:
         rows.append(
             (
                 "copying",
@@ -54,9 +47,10 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         )
     for kind, count in summary.failures.most_common():
         rows.append((f"failed: {kind}", f"{count}, the first: {summary.examples[kind]}"))
-    for outlier in summary.outliers()[:NAMED]:
-        value = f"{getattr(outlier, outlier.figure):.3f}"
-        rows.append(("far from the others", f"{outlier.adapter}: {labels[outlier.figure]} {value}"))
+    far = {outlier.adapter: outlier for outlier in summary.outliers()}
+    for outlier in list(far.values())[:NAMED]:
+        figures = f"{labels['off']} {outlier.off:.3f}, {labels['change']} {outlier.change:.3f}"
+        rows.append(("far from the others", f"{outlier.adapter}: {figures}"))
     for seconds, adapter in summary.slowest()[:NAMED]:
         rows.append(("slowest", f"{adapter}: {seconds:.2f} s"))
     return rows
