@@ -1,7 +1,8 @@
 """Batch runs beside plain copying and the bare arithmetic, in one run.
 
     python bench/batch.py disk [--count 200] [--rounds 3]     llama-3.2-1b shapes, disk to disk
-    python bench/batch.py small [--count 20000]               memory, journal, resume on small adapters
+    python bench/batch.py small [--count 20000]               memory and resume on small adapters
+    python bench/batch.py journal [--count 2000]              what the journal costs
     python bench/batch.py ray [--count 200]                   two Ray workers beside the local engine
 
 Work happens below --dir (default: a new folder in the current one, removed afterwards). Every kind of
@@ -166,7 +167,7 @@ def command(*arguments: object) -> tuple[float, float]:
     return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024
 
 
-def small(place: Path, count: int, rounds: int) -> dict:
+def small(place: Path, count: int, _: int) -> dict:
     source, file = prepare(place, "tiny", count, 8)
     few = place / "few"
     few.mkdir()
@@ -186,12 +187,13 @@ def small(place: Path, count: int, rounds: int) -> dict:
         "peak_ratio": peak_all / peak_few,
         "resume_s": resume,
         "peak_mb_resume": peak_resume,
-        "journal": journal(place, source, SafetySubspace.load(file), rounds),
     }
 
 
-def journal(place: Path, source: Path, subspace: SafetySubspace, rounds: int) -> dict:
+def journal(place: Path, count: int, rounds: int) -> dict:
     """Time inside the journal as a share of the run, and runs with and without it in turn."""
+    source, file = prepare(place, "tiny", count, 8)
+    subspace = SafetySubspace.load(file)
     append, inside = Journal.append, [0.0]
 
     def timed(self: Journal, entries: object) -> None:
@@ -199,11 +201,6 @@ def journal(place: Path, source: Path, subspace: SafetySubspace, rounds: int) ->
         append(self, entries)  # type: ignore[arg-type]
         inside[0] += time.perf_counter() - start
 
-    some = place / "some"
-    some.mkdir()
-    for folder in sorted(source.iterdir())[:20]:
-        (some / folder.name).symlink_to(folder)
-    items = [str(folder) for folder in sorted(some.iterdir())]
     shares, with_it, without = [], [], []
     for _ in range(rounds):
         for kind in (timed, lambda *_: None):
@@ -211,8 +208,7 @@ def journal(place: Path, source: Path, subspace: SafetySubspace, rounds: int) ->
             inside[0] = 0.0
             out = place / "journal-out"
             call = Call(out, jobs=CORES)
-            found = find([f"{folder}" for folder in items])
-            spent = seconds(lambda: list(stream(found, subspace, call)))  # noqa: B023
+            spent = seconds(lambda: list(stream(find([source]), subspace, call)))  # noqa: B023
             shutil.rmtree(out)
             if kind is timed:
                 with_it.append(spent)
@@ -221,7 +217,7 @@ def journal(place: Path, source: Path, subspace: SafetySubspace, rounds: int) ->
                 without.append(spent)
     Journal.append = append  # type: ignore[method-assign]
     return {
-        "adapters": len(found),
+        "adapters": count,
         "share_inside": statistics.median(shares),
         "with_over_without": statistics.median(
             a / b for a, b in zip(with_it, without, strict=True)
@@ -267,16 +263,19 @@ def find_first(source: Path) -> Path:
     return source / "t000" / "n00000"
 
 
+COUNTS = {"disk": 200, "small": 20_000, "journal": 2_000, "ray": 200}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("disk", "small", "ray"))
+    parser.add_argument("what", choices=tuple(COUNTS))
     parser.add_argument("--count", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("."))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    work = {"disk": disk, "small": small, "ray": on_ray}[arguments.what]
-    count = arguments.count or (20_000 if arguments.what == "small" else 200)
+    work = {"disk": disk, "small": small, "journal": journal, "ray": on_ray}[arguments.what]
+    count = arguments.count or COUNTS[arguments.what]
     with tempfile.TemporaryDirectory(dir=arguments.dir) as place:
         result = work(Path(place), count, arguments.rounds)
     print(json.dumps({"environment": environment(), arguments.what: result}, indent=2))

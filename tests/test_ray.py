@@ -15,12 +15,14 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 pytestmark = pytest.mark.slow
 
-# Loaded by every Python process of the cluster: opening a file below "poison" ends it at once.
+# Loaded by every Python process of the cluster: opening a file below "poison" ends it, but not before
+# the rest of its shard is written.
 POISON = """
-import os, sys
+import os, sys, time
 
 def hook(event, arguments):
     if event == "open" and "/poison/" in str(arguments[0]):
+        time.sleep(0.5)
         os._exit(1)
 
 sys.addaudithook(hook)
