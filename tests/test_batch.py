@@ -11,8 +11,9 @@ import time
 
 import builders
 import pytest
+import torch
 
-from csulora import CsuloraError, LoraAdapter, SafetySubspace, correct
+from csulora import CsuloraError, LoraAdapter, SafetySubspace, correct, correct_many
 
 
 def call(capsys, *arguments):
@@ -133,3 +134,53 @@ def test_saving_onto_the_source_is_refused(tmp_path, subspace, adapter):
     new, _ = correct(LoraAdapter.load(adapter), SafetySubspace.load(subspace))
     with pytest.raises(CsuloraError, match="lies inside"):
         new.save(adapter, overwrite=True)
+
+
+def test_groups_as_on_a_gpu_give_the_same_and_a_bad_one_fails_alone(
+    tmp_path, subspace, monkeypatch
+):
+    """On a GPU what has been read is corrected in one go; an error nobody foresaw is pinned down."""
+    from csulora.batch import local, work
+
+    for i in range(30):
+        builders.write_adapter(tmp_path / "in" / f"n{i:02}", seed=i)
+    loaded = SafetySubspace.load(subspace)
+    correct_many([tmp_path / "in"], loaded, tmp_path / "one-by-one")
+    sizes = []
+    batch = work.correct_batch
+
+    def slow(adapters, *rest, **options):
+        sizes.append(len(adapters))
+        time.sleep(0.02)  # meanwhile others are read
+        if any(adapter.source.name == "n17" for adapter in adapters):
+            raise RuntimeError("kernel\nfell over")
+        return batch(adapters, *rest, **options)
+
+    monkeypatch.setattr(work, "correct_batch", slow)
+    monkeypatch.setattr(local, "pick_device", lambda device: torch.device("cuda"))
+    outcomes = correct_many([tmp_path / "in"], loaded, tmp_path / "out")
+    assert max(sizes) > 3
+    assert [(o.kind, o.error) for o in outcomes if o.status == "failed"] == [
+        ("unforeseen", f"{tmp_path / 'in' / 'n17'}: RuntimeError: kernel fell over")
+    ]
+    expected = builders.tree(tmp_path / "one-by-one")
+    assert builders.tree(tmp_path / "out") == {
+        name: data for name, data in expected.items() if not name.startswith("n17/")
+    }
+
+
+def test_outcomes_come_in_order_with_their_number(tmp_path, subspace):
+    for i in range(20):
+        builders.write_adapter(tmp_path / "in" / f"n{i:02}", seed=i)
+    seen = []
+    outcomes = correct_many(
+        [tmp_path / "in"],
+        SafetySubspace.load(subspace),
+        tmp_path / "out",
+        jobs=3,
+        on_done=lambda outcome, done, total: seen.append((outcome.output.name, done, total)),
+    )
+    assert seen == [(f"n{i:02}", i + 1, 20) for i in range(20)]
+    assert [outcome.output.name for outcome in outcomes] == [name for name, _, _ in seen]
+    assert all(o.seconds > 0 and 0 < o.bytes_in < o.bytes_out for o in outcomes)
+    assert all(o.report is not None and not o.report.modules and o.totals for o in outcomes)
