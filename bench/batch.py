@@ -118,9 +118,11 @@ def disk(place: Path, count: int, rounds: int) -> dict:
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
         out = place / "out"
+        before = time.process_time()
         run = seconds(lambda: batch(source, subspace, out))  # noqa: B023
         spent = {
             "run": run,
+            "processor time of the run": time.process_time() - before,
             "cp of what is written": copy(out, place / "copy"),
             "cp of what is read": copy(source, place / "copy"),
             "products": on_all_cores(products(adapter, subspace), count),
