@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -142,7 +143,7 @@ def stream(
         journal.close()
 
 
-def _finished(engine: Engine, recorder: _Recorder) -> Iterator[Done]:
+def _finished(engine: Engine, recorder: _Recorder) -> Generator[Done, None, None]:
     """What the engine finishes, and in the journal within about a second."""
     try:
         while (group := engine.take()) is not None:
@@ -188,14 +189,15 @@ class _Recorder:
         self._last = time.monotonic()
 
 
-def _in_order(finished: Iterator[Done]) -> Iterator[Outcome]:
+def _in_order(finished: Generator[Done, None, None]) -> Iterator[Outcome]:
     waiting: dict[int, Outcome] = {}
     position = 0
-    for done in finished:
-        waiting[done.number] = done.outcome
-        while position in waiting:
-            yield waiting.pop(position)
-            position += 1
+    with contextlib.closing(finished):
+        for done in finished:
+            waiting[done.number] = done.outcome
+            while position in waiting:
+                yield waiting.pop(position)
+                position += 1
 
 
 class _Sift:
