@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -86,6 +86,41 @@ def correct(
         {name: reports[name] for name in adapter.modules},
         origins(adapter, subspace, correction, dtype, portable),
     )
+
+
+def correct_batch(
+    adapters: Sequence[LoraAdapter],
+    subspace: SafetySubspace,
+    correction: Correction | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    portable: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
+    """`correct` for each adapter, in order; one that cannot be corrected gives its error in its place.
+
+    Raises UsageError for an unknown option.
+    """
+    results: list[tuple[LoraAdapter, Report] | CsuloraError] = []
+    for adapter in adapters:
+        try:
+            results.append(
+                correct(
+                    adapter,
+                    subspace,
+                    correction,
+                    dtype=dtype,
+                    portable=portable,
+                    backend=backend,
+                    device=device,
+                )
+            )
+        except UsageError:
+            raise
+        except CsuloraError as error:
+            results.append(error)
+    return results
 
 
 def decompose(
