@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class LoraModule:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    def detached(self) -> LoraModule:
+        """The same without gradients, for factors that are parameters of a model."""
+        return replace(self, A=self.A.detach(), B=self.B.detach())
 
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""

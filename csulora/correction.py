@@ -218,7 +218,10 @@ class _Form(NamedTuple):
             raise CsuloraError(
                 f"the portable form cannot hold passed-through tensors: {listed(source.extra)}"
             )
-        return form._replace(portable_rank=max(form.rank(m) for m in source.modules.values()))
+        ranks = [form.rank(module) for module in source.modules.values()]
+        if not ranks:
+            raise CsuloraError("the portable form needs at least one module")
+        return form._replace(portable_rank=max(ranks))
 
     def rank(self, module: LoraModule, *, padded: bool = True) -> int:
         """Rank of a module's result, before or after the portable form pads it."""
@@ -258,11 +261,21 @@ class _Form(NamedTuple):
 def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
     where = str(subspace.path or "subspace")
     matches = match_modules(adapter.modules, subspace.modules.keys(), where)
-    flipped = bool(adapter.config.get("fan_in_fan_out"))
+    flipped = bool(adapter.config.get("fan_in_fan_out")) and any(
+        _is_flipped(module, subspace.modules[matches[name]])
+        for name, module in adapter.modules.items()
+    )
     return [
-        _Task(name, module, *_bases(name, module, matches[name], subspace, flipped))
+        _Task(name, module.detached(), *_bases(name, module, matches[name], subspace, flipped))
         for name, module in adapter.modules.items()
     ]
+
+
+def _is_flipped(module: LoraModule, found: ModuleSubspace) -> bool:
+    """Whether only U and V in each other's place fit the update, as when the adapter knows that its
+    weights are stored as (d_in, d_out) and the estimate did not."""
+    shape = (module.B.shape[0], module.A.shape[1])
+    return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
 
 
 def _bases(
@@ -272,8 +285,8 @@ def _bases(
     found: ModuleSubspace = subspace.modules[target]
     shape = (module.B.shape[0], module.A.shape[1])
     U, V = found.U, found.V
-    # The adapter knows that its weights are (d_in, d_out), the estimate did not: the singular vectors
-    # of the transposed matrix are the same two bases in the other order.
+    # The singular vectors of the transposed matrix are the same two bases in the other order. A square
+    # module does not tell; it is stored like the others.
     if flipped and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape:
         U, V = V, U
     if (U.shape[0], V.shape[0]) != shape:
@@ -368,7 +381,7 @@ def _finish(
     B, A = new.B, new.A
     if torch.float16 in (into[0].dtype, into[1].dtype) and not form.correction.is_identity:
         B, A = balance(B, A)
-    store(task.name, B, A, into)
+    store(task.name, B, A, into, scaled=form.portable_rank is not None)
     return replace(new, B=into[0], A=into[1])
 
 

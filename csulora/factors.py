@@ -54,18 +54,24 @@ def allocate(places: Mapping[str, Place]) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def store(name: str, B: Tensor, A: Tensor, into: tuple[Tensor, Tensor]) -> None:
+def store(
+    name: str, B: Tensor, A: Tensor, into: tuple[Tensor, Tensor], *, scaled: bool = False
+) -> None:
     """Copy factors into the memory and type kept for them, unless they are there already.
 
-    Raises CsuloraError if a value does not fit float16; the other types reach as far as float32.
+    scaled: they have been multiplied by a number from outside, which may be of any size. Without that
+    only float16 reaches less far than the computation did.
+
+    Raises CsuloraError if a value does not fit the type.
     """
     for side, X, target in (("B", B, into[0]), ("A", A, into[1])):
         if X is not target:
             target.copy_(X)
-        if target.dtype == torch.float16 and not bool(torch.isfinite(target).all()):
+        check = scaled or target.dtype == torch.float16
+        if check and not bool(torch.isfinite(target).all()):
+            remedy = "; choose --dtype bfloat16 or float32" * (target.dtype == torch.float16)
             raise CsuloraError(
-                f"{name}: the corrected lora_{side} does not fit {target.dtype}; "
-                "choose --dtype bfloat16 or float32"
+                f"{name}: the corrected lora_{side} does not fit {target.dtype}{remedy}"
             )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 
 from csulora.errors import CsuloraError
 
+MOST_REPEATS = 4  # of a pattern key; names of modules are short, and so are their patterns
+
 
 def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> dict[str, str]:
     """Map each wanted module name to a known one: the same name, else a unique suffix.
@@ -38,7 +40,10 @@ def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> 
             problems.append(f"{name} and {owners[target]} (both fit {target})")
     if problems:
         shown = ", ".join(problems[:8]) + (f", and {len(problems) - 8} more" * (len(problems) > 8))
-        raise CsuloraError(f"{where}: no unique match for {len(problems)} module(s): {shown}")
+        raise CsuloraError(
+            f"{where}: no unique match for {len(problems)} module(s): {shown}; these have to be among "
+            "the modules of the subspace and of the checkpoints: see csulora estimate --like"
+        )
     return matched
 
 
@@ -62,6 +67,32 @@ def pattern_value(pattern: dict[str, float], name: str, default: float) -> float
 def pattern_regex(key: str) -> str:
     """The regular expression that PEFT makes of a pattern key."""
     return rf"(.*\.)?({key})$"
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A sort key that counts: layer 2 before layer 10."""
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+        for part in name.split(".")
+    ]
+
+
+def is_tame(key: str) -> bool:
+    """Whether matching a pattern key takes a time in proportion to a low power of a name's length.
+
+    Backtracking explodes where what is repeated can itself match in several ways, so no repeated group
+    may hold a repeat or a choice, and repeats may not be many.
+    """
+    plain = re.sub(r"\\.|\[[^\]]*\]", "x", key)  # neither escapes nor sets repeat anything
+    group = re.compile(r"\(([^()]*)\)([*+{?]?)")
+    while found := group.search(plain):
+        inner, repeat = found.groups()
+        if repeat in ("*", "+", "{") and re.search(r"[*+{|?]", inner.removeprefix("?:")):
+            return False
+        # What is in a group stays a repeat or a choice of the group around it.
+        flat = "".join(re.findall(r"[*+{|]", inner))
+        plain = plain[: found.start()] + "x" + flat + repeat + plain[found.end() :]
+    return len(re.findall(r"[*+{]", plain)) <= MOST_REPEATS
 
 
 def _leaf(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from csulora.errors import CsuloraError
 from csulora.files import parse_json
-from csulora.names import pattern_regex, pattern_value
+from csulora.names import is_tame, pattern_regex, pattern_value
 
 FILE = "adapter_config.json"
 
@@ -48,6 +48,11 @@ def parse_config(path: Path, data: bytes) -> dict[str, Any]:
             raise CsuloraError(f"{path}: {field} must be an object, not {pattern!r}")
         for key, value in pattern.items():
             _check_number(path, f"{field}[{key!r}]", value, integral=field == "rank_pattern")
+            if not is_tame(key):
+                raise CsuloraError(
+                    f"{path}: {field} key {key!r}: repeats within repeats, which can take for ever to "
+                    "match; name the modules instead"
+                )
             try:
                 re.compile(pattern_regex(key))
             except (re.error, OverflowError, RecursionError) as error:
@@ -109,9 +114,16 @@ def corrected_config(
         module_rank(config, name) == ranks[name] and module_alpha(config, name) == alphas[name]
         for name in ranks
     )
-    if not same:
-        new["r"], new["rank_pattern"] = _default_and_rest(ranks)
-        new["lora_alpha"], new["alpha_pattern"] = _default_and_rest(alphas)
+    if same:
+        return new
+    if config.get("target_parameters"):
+        # PEFT knows these by names that tensors do not carry; they keep the defaults and patterns they
+        # had, and every corrected module is named before them.
+        for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            new[key] = _longest_first(values) | (config.get(key) or {})
+        return new
+    new["r"], new["rank_pattern"] = _default_and_rest(ranks)
+    new["lora_alpha"], new["alpha_pattern"] = _default_and_rest(alphas)
     return new
 
 
@@ -119,6 +131,10 @@ def portable_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """The form that every serving stack reads alike: one rank, lora_alpha = r, nothing else."""
     new = dict(config)
     new.update(r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+    # The adapter holds no biases, or it would have been refused; servers reject the mention of them.
+    new.update(
+        {key: value for key, value in (("bias", "none"), ("lora_bias", False)) if key in new}
+    )
     if isinstance(new.get("init_lora_weights"), str):
         new["init_lora_weights"] = True
     return new
@@ -134,8 +150,11 @@ def _default_and_rest(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         for name in values
         if values[name] == default and any(name.endswith("." + other) for other in rest)
     ]
-    ordered = sorted([*rest, *shadowing], key=lambda name: (-len(name), name))
-    return default, {name: values[name] for name in ordered}
+    return default, _longest_first({name: values[name] for name in [*rest, *shadowing]})
+
+
+def _longest_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in sorted(values, key=lambda name: (-len(name), name))}
 
 
 def _check_number(path: Path, field: str, value: Any, *, integral: bool = False) -> None:

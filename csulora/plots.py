@@ -18,6 +18,7 @@ _PANELS = {
     "off": ("off",),
 }
 _ANNOTATED_LAYERS = 48
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def plot_shares(report: Report, path: str | Path) -> None:
@@ -54,9 +55,11 @@ def plot_shares(report: Report, path: str | Path) -> None:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all; it replaces no file that is not a PNG."""
     target = Path(path)
     try:
+        if target.exists() and target.read_bytes()[: len(PNG)] != PNG:
+            raise CsuloraError(f"{target}: exists and is not a PNG file; remove it or name another")
         with whole_file(target) as temporary:
             figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     except OSError as error:
@@ -131,12 +134,20 @@ def _annotate(axis: Any, grid: np.ndarray, top: float) -> None:
             axis.text(
                 j,
                 i,
-                f"{100 * value:.3g}"[:4].rstrip("."),
+                _percent(value),
                 fontsize=6,
                 color=shade,
                 ha="center",
                 va="center",
             )
+
+
+def _percent(share: float) -> str:
+    """Three digits at most, and no exponents: below 0.01 % the cell only says so."""
+    value = 100 * share
+    if 0 < value < 0.01:
+        return "<.01"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"[:4].rstrip(".")
 
 
 def _settings(report: Report) -> str:

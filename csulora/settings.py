@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
 from csulora.errors import UsageError
@@ -36,13 +37,17 @@ class Correction:
     def __post_init__(self) -> None:
         for name in ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise UsageError(f"{name} must be a number, not {value!r}")
+            try:
+                value = float(value)
+            except OverflowError:
+                raise UsageError(f"{name} is too large a number; inf is the hard limit") from None
             if math.isnan(value) or value < 0:
                 raise UsageError(
                     f"{name} must be at least 0 (inf is the hard limit), not {value!r}"
                 )
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, value)
         _one_of("granularity", self.granularity, ("direction", "component"))
         _one_of("rank", self.rank, ("exact", "same"))
 

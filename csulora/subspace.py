@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT = "csulora_subspace/1"
 # Larger than float32 rounding, smaller than what a bfloat16 basis shows (about 4e-3).
 ORTHONORMAL = 1e-4
+# Metadata that tells where a subspace comes from; a file written by another program may lack it.
+_ORIGIN = ("base", "aligned", "base_digest", "aligned_digest")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class SafetySubspace:
         with open_safetensors(file) as handle:
             origin, details = _read_metadata(file, handle.metadata())
             tensors = {name: read_tensor(handle, file, name) for name in handle.keys()}  # noqa: SIM118
+        strange = [name for name in tensors if not name.endswith((".U", ".S", ".V"))]
+        if strange:
+            raise CsuloraError(f"{file}: tensor {strange[0]} is neither a U, an S nor a V")
         names = sorted({name.rpartition(".")[0] for name in tensors})
         if not names:
             raise CsuloraError(f"{file}: holds no modules")
@@ -198,21 +203,23 @@ def _read_metadata(file: Path, metadata: Mapping[str, str] | None) -> tuple[Orig
             "write one with csulora estimate"
         )
     try:
-        origin = Origin(
-            metadata["base"],
-            metadata["aligned"],
-            metadata["base_digest"],
-            metadata["aligned_digest"],
-            int(metadata["seed"]),
-        )
-        shares = json.loads(metadata["energy_share"])
+        base, aligned, base_digest, aligned_digest = (metadata.get(key, "") for key in _ORIGIN)
+        seed = int(metadata.get("seed", "0"))
+        origin = Origin(base, aligned, base_digest, aligned_digest, seed)
+        shares = json.loads(metadata.get("energy_share", "{}"), parse_constant=_no_number)
         details = {
             "energy_share": {str(name): float(share) for name, share in shares.items()},
-            "fan_in_fan_out": {str(name) for name in json.loads(metadata["fan_in_fan_out"])},
+            "fan_in_fan_out": {str(n) for n in json.loads(metadata.get("fan_in_fan_out", "[]"))},
         }
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CsuloraError(f"{file}: malformed metadata ({error!r})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CsuloraError(
+            f"{file}: malformed metadata ({error}); estimate the subspace again"
+        ) from None
     return origin, details
+
+
+def _no_number(literal: str) -> float:
+    raise ValueError(f"energy_share holds {literal}")
 
 
 def _module(
@@ -229,9 +236,9 @@ def _module(
                 f"{file}: tensor {name}.{letter} is {X.dtype} {tuple(X.shape)}, which does not fit "
                 f"{name}.S {tuple(S.shape)} in float32"
             )
-        eye = torch.eye(k)
-        # Written so that NaN fails the comparison too.
-        if k and not float((X.mT @ X - eye).abs().max()) <= ORTHONORMAL:
+        if not bool(torch.isfinite(X).all()):
+            raise CsuloraError(f"{file}: tensor {name}.{letter} holds NaN or Inf")
+        if k and float((X.mT @ X - torch.eye(k)).abs().max()) > ORTHONORMAL:
             raise CsuloraError(f"{file}: columns of {name}.{letter} are not orthonormal")
     if S.dtype != torch.float32 or not bool(torch.isfinite(S).all()):
         raise CsuloraError(f"{file}: tensor {name}.S is not finite float32")

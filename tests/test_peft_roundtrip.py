@@ -5,7 +5,15 @@ import pytest
 import torch
 from tolerances import TOLERANCES
 
-from csulora import Correction, CsuloraError, LoraAdapter, SafetySubspace, correct
+from csulora import (
+    Correction,
+    CsuloraError,
+    LoraAdapter,
+    ModuleSubspace,
+    SafetySubspace,
+    correct,
+)
+from csulora.subspace import Origin
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -244,3 +252,56 @@ def test_lora_on_an_embedding_passes_through_with_its_own_rank(world, tmp_path):
     raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
     changed = {name for name in raw if not torch.equal(raw[name], found[name])}
     assert changed == {f"{name}.weight" for name in report.modules}
+
+
+@pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["down_proj"]])
+@pytest.mark.parametrize("rank", ["exact", "same"])
+def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, parameters, rank):
+    """PEFT names their ranks otherwise than their tensors; the corrected folder must load."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        num_local_experts=2,
+    )
+    lora = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], target_parameters=parameters
+    )
+    base = transformers.MixtralForCausalLM(config)
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    model = peft.get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = LoraAdapter.load(tmp_path / "adapter", pass_through=True)
+    assert adapter.extra and len(adapter.modules) == 2
+    bases = {
+        name: ModuleSubspace(
+            torch.linalg.qr(torch.randn(m.B.shape[0], 4))[0],
+            torch.ones(4),
+            torch.linalg.qr(torch.randn(m.A.shape[1], 4))[0],
+            0.5,
+        )
+        for name, m in adapter.modules.items()
+    }
+    subspace = SafetySubspace(bases, Origin("base", "aligned", "", "", 0))
+    new, _ = correct(adapter, subspace, Correction(rank=rank))
+    new.save(tmp_path / "corrected")
+    fresh = transformers.MixtralForCausalLM(config)
+    fresh.load_state_dict(weights)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "corrected")
+    merged = loaded.merge_and_unload().state_dict()
+    before = model.merge_and_unload().state_dict()
+    for name, module in new.modules.items():
+        update = module.scaling * module.B @ module.A
+        torch.testing.assert_close(merged[f"{name}.weight"], weights[f"{name}.weight"] + update)
+    for name in before:
+        if "experts" in name:
+            torch.testing.assert_close(merged[name], before[name])
+            changed = parameters[0].rpartition(".")[2] in name
+            assert torch.equal(before[name], weights[name]) != changed

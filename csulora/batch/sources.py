@@ -39,8 +39,11 @@ def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
     Raises UsageError for a pattern without a match and where there are no adapters at all.
     """
     items: list[Item] = []
-    for argument in arguments:
-        items.extend(_expand(os.fspath(argument)))
+    for given in arguments:
+        argument = os.fspath(given)
+        if not argument or "\0" in argument:
+            raise UsageError(f"{argument!r}: cannot be the name of an adapter")
+        items.extend(_expand(argument))
     if not items:
         raise UsageError("no adapters given")
     return items

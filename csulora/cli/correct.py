@@ -104,13 +104,18 @@ def _cores() -> int:
 
 
 def _listed(source: str | None) -> list[str]:
-    """Adapters named in a file or on standard input, one a line; blank lines do not count."""
+    """Adapters named in a file or on standard input, one a line or ended by NUL as `find -print0` does.
+
+    Blank lines do not count.
+    """
     if source is None:
         return []
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: cannot be read ({error})") from None
+    if "\0" in text:
+        return [name for name in text.split("\0") if name.strip()]
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -16,7 +16,9 @@ from csulora.subspace import SafetySubspace, is_subspace_file
 def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     _check_out(out)
-    modules = None if arguments.modules is None else arguments.modules.split(",")
+    modules = None
+    if arguments.modules is not None:
+        modules = [name.strip() for name in arguments.modules.split(",")]
     with progress("estimating") as report:
         subspace = SafetySubspace.estimate(
             arguments.base,

@@ -17,6 +17,7 @@ from csulora.cli.options import correction_from
 from csulora.cli.output import stdout
 from csulora.correction import sweep
 from csulora.errors import CsuloraError
+from csulora.names import natural
 from csulora.report import BLOCKS, ModuleReport, Report, Totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
@@ -70,7 +71,8 @@ def print_report(
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     table.add_column("change", justify="right")
-    for name, module in report.modules.items():
+    for name in sorted(report.modules, key=natural):
+        module = report.modules[name]
         table.add_row(
             one_line(name), str(module.rank_in), str(module.subspace_rank), *_shares(module)
         )
