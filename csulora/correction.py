@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csulora import reference
-from csulora.adapter import DTYPES, LoraAdapter, LoraModule
+from csulora import careful, reference
+from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
 from csulora.backend import check_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
+from csulora.factors import Place, allocate, balance, store
 from csulora.names import match_modules
-from csulora.peft_config import alpha_for_rank
+from csulora.peft_config import alpha_for_rank, portable_config
 from csulora.report import (
     ModuleReport,
     Report,
@@ -28,6 +29,9 @@ from csulora.subspace import ModuleSubspace, SafetySubspace
 
 # Far enough above the smallest float32 that a sum of squares keeps its digits.
 SMALLEST_SQUARE = 1e-30
+# Amplifications up to which float32 arithmetic keeps to 1e-5 and a half type to 2 of its ulp.
+COMPUTING_LIMIT = 4.0
+STORING_LIMIT = 3.0
 
 
 def correct(
@@ -57,24 +61,30 @@ def correct(
         raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     check_backend(backend)
     place = pick_device(device)
+    form = _Form.of(adapter, correction, dtype, portable)
     tasks = _tasks(adapter, subspace)
+    memory = allocate({task.name: form.place(task) for task in tasks})
     modules: dict[str, LoraModule] = {}
     reports: dict[str, ModuleReport] = {}
     for group in _groups(tasks):
-        solved = _solve_group(group, correction, place)
-        reports |= _group_reports(group, solved, correction)
-        for i, task in enumerate(group):
-            modules[task.name] = _recompose(task, solved, i, adapter, correction, place)
-    corrected = replace(adapter, modules={name: modules[name] for name in adapter.modules})
-    if portable:
-        corrected = corrected.portable()
-    corrected = _cast(corrected, adapter, dtype)
-    reports = {name: reports[name] for name in adapter.modules}
-    if portable:
-        rank = next(iter(corrected.modules.values())).rank
-        reports = {name: replace(r, rank_out=rank) for name, r in reports.items()}
-    return corrected, _report(
-        adapter, reports, origins(adapter, subspace, correction, dtype, portable)
+        factors = [_single(task, place) for task in group]
+        projection, held = _project_group(group, factors)
+        cores, amplification = reference.solve_with_amplification(projection, correction)
+        spoiled = _solve_carefully(group, cores, form.needs_care(group, held, amplification), form)
+        reports |= _group_reports(group, cores, form)
+        # The last first: its basis is the one that is still in the cache.
+        rows = list(zip(group, factors, projection.unbind(), cores.unbind(), strict=True))
+        for task, pair, coordinates, core in reversed(rows):
+            into = memory[task.name]
+            if task.name in spoiled and not correction.is_identity:
+                B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
+            else:
+                B, A = _recompose(task, pair, coordinates, core, form, into)
+            modules[task.name] = _finish(task, B, A, form, into)
+    return form.adapter({name: modules[name] for name in adapter.modules}), _report(
+        adapter,
+        {name: reports[name] for name in adapter.modules},
+        origins(adapter, subspace, correction, dtype, portable),
     )
 
 
@@ -139,13 +149,17 @@ def sweep(
     """`decompose` for several settings, for the price of one pass over the factors."""
     place = pick_device(device)
     groups = list(_groups(_tasks(adapter, subspace)))
-    projections = [_project_group(group, place) for group in groups]
+    projections = [
+        _project_group(group, [_single(task, place) for task in group]) for group in groups
+    ]
     reports = []
     for correction in corrections:
+        form = _Form.of(adapter, correction, None, False)
         found: dict[str, ModuleReport] = {}
-        for group, projection in zip(groups, projections, strict=True):
-            cores = reference.solve(projection, correction)
-            found |= _group_reports(group, _Solved(projection, cores), correction)
+        for group, (projection, held) in zip(groups, projections, strict=True):
+            cores, amplification = reference.solve_with_amplification(projection, correction)
+            _solve_carefully(group, cores, form.needs_care(group, held, amplification), form)
+            found |= _group_reports(group, cores, form)
         ordered = {name: found[name] for name in adapter.modules}
         reports.append(_report(adapter, ordered, origins(adapter, subspace, correction)))
     return reports
@@ -185,9 +199,60 @@ class _Task(NamedTuple):
     V: Tensor  # (d_in, k)
 
 
-class _Solved(NamedTuple):
-    projection: reference.Projection  # stacked over the modules of a group
-    cores: reference.Cores
+class _Form(NamedTuple):
+    """The form in which the result is wanted: everything about it but its values."""
+
+    source: LoraAdapter
+    correction: Correction
+    dtype: torch.dtype | None
+    portable_rank: int | None
+
+    @classmethod
+    def of(
+        cls, source: LoraAdapter, correction: Correction, dtype: torch.dtype | None, portable: bool
+    ) -> _Form:
+        form = cls(source, correction, dtype, None)
+        if not portable:
+            return form
+        if source.extra:
+            raise CsuloraError(
+                f"the portable form cannot hold passed-through tensors: {listed(source.extra)}"
+            )
+        return form._replace(portable_rank=max(form.rank(m) for m in source.modules.values()))
+
+    def rank(self, module: LoraModule, *, padded: bool = True) -> int:
+        """Rank of a module's result, before or after the portable form pads it."""
+        if self.portable_rank is not None and padded:
+            return self.portable_rank
+        doubled = self.correction.rank == "exact" and not self.correction.is_identity
+        return 2 * module.rank if doubled else module.rank
+
+    def needs_care(
+        self, group: list[_Task], held: Tensor, amplification: reference.Amplification
+    ) -> Tensor:
+        """Which modules of a group float32 would spoil, or their type would in an unbalanced form."""
+        if self.correction.is_identity:
+            return ~held
+        types = (torch.float16, torch.bfloat16)
+        half = [self.dtype in types or task.module.B.dtype in types for task in group]
+        limit = torch.where(torch.tensor(half, device=held.device), STORING_LIMIT, COMPUTING_LIMIT)
+        return ~held | (amplification.computing > COMPUTING_LIMIT) | (amplification.storing > limit)
+
+    def place(self, task: _Task) -> Place:
+        module = task.module
+        r = self.rank(module)
+        return Place(
+            B=(module.B.shape[0], r),
+            A=(r, module.A.shape[1]),
+            B_dtype=self.dtype or module.B.dtype,
+            A_dtype=self.dtype or module.A.dtype,
+        )
+
+    def adapter(self, modules: dict[str, LoraModule]) -> LoraAdapter:
+        config = self.source.config
+        if self.portable_rank is not None:
+            config = portable_config(config, self.portable_rank)
+        return replace(self.source, modules=modules, config=config)
 
 
 def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
@@ -227,110 +292,93 @@ def _groups(tasks: list[_Task]) -> Iterator[list[_Task]]:
     yield from groups.values()
 
 
-def _project_group(group: list[_Task], device: torch.device) -> reference.Projection:
-    """Stacked projections of a group: each module's factors are read once, one at a time.
+def _single(task: _Task, device: torch.device) -> tuple[Tensor, Tensor]:
+    """B and A of a module in float32 on the device, converted once for both passes over them."""
+    return task.module.B.to(device, torch.float32), task.module.A.to(device, torch.float32)
+
+
+def _project_group(
+    group: list[_Task], factors: list[tuple[Tensor, Tensor]]
+) -> tuple[reference.Projection, Tensor]:
+    """Stacked projections of a group, and for each module whether float32 held its squares.
 
     Factors can be as small as 1e-30 where alpha makes up for it: a sum of squares that vanished would
-    pass the update off as zero, and so as nothing to correct. Such modules are projected in float64.
+    pass the update off as zero, and so as nothing to correct.
     """
-    rows = [_project(task, device, task.U.dtype) for task in group]
-    stacked = _stack(rows)
+    rows = [
+        reference.project(B, A, task.U.to(B), task.V.to(B))
+        for task, (B, A) in zip(group, factors, strict=True)
+    ]
+    stacked = reference.Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in (stacked.G_B, stacked.G_A)], dim=-1)
     finite = torch.isfinite(squares).all(-1)
     if not bool(finite.all()):
         name = group[int(finite.int().argmin())].name
         raise CsuloraError(f"{name}: NaN, or factors whose squares overflow float32")
-    held = (squares > SMALLEST_SQUARE).all(-1).tolist()
-    if all(held):
-        return stacked
-    return _stack(
-        reference.Projection(*(X.double() for X in row))
-        if enough
-        else _project(task, device, torch.float64)
-        for task, row, enough in zip(group, rows, held, strict=True)
-    )
+    return stacked, (squares > SMALLEST_SQUARE).all(-1)
 
 
-def _project(task: _Task, device: torch.device, dtype: torch.dtype) -> reference.Projection:
-    tensors = (task.module.B, task.module.A, task.U, task.V)
-    return reference.project(*(X.to(device, dtype) for X in tensors))
-
-
-def _stack(rows: Iterable[reference.Projection]) -> reference.Projection:
-    return reference.Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-
-def _solve_group(group: list[_Task], correction: Correction, device: torch.device) -> _Solved:
-    projection = _project_group(group, device)
-    return _Solved(projection, reference.solve(projection, correction))
+def _solve_carefully(
+    group: list[_Task], cores: reference.Cores, which: Tensor, form: _Form
+) -> dict[str, tuple[careful.Parts, reference.Cores]]:
+    """Parts and cores in float64 of the modules that need it; their figures replace those in `cores`."""
+    found = {}
+    for i in which.nonzero().flatten().tolist():
+        task, device = group[i], cores.energy.device
+        module = task.module
+        parts = careful.split(*(X.to(device) for X in (module.B, module.A, task.U, task.V)))
+        solved = careful.solve(parts, form.correction)
+        for name in reference.FIGURES:
+            getattr(cores, name)[i] = getattr(solved, name)
+        found[task.name] = parts, solved
+    return found
 
 
 def _recompose(
     task: _Task,
-    solved: _Solved,
-    index: int,
-    adapter: LoraAdapter,
-    correction: Correction,
-    device: torch.device,
+    pair: tuple[Tensor, Tensor],
+    projection: reference.Projection,
+    cores: reference.Cores,
+    form: _Form,
+    into: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The module's new factors in float32, in the memory kept for them if that will do."""
+    if form.correction.is_identity:
+        return task.module.B, task.module.A
+    B, A = pair
+    there = form.portable_rank is None and all(
+        X.dtype == torch.float32 and X.device == B.device for X in into
+    )
+    U, V = task.U.to(B), task.V.to(B)
+    return reference.recompose(B, A, U, V, projection, cores, into if there else None)
+
+
+def _finish(
+    task: _Task, B: Tensor, A: Tensor, form: _Form, into: tuple[Tensor, Tensor]
 ) -> LoraModule:
+    """The module in the form that is wanted, its factors in the memory and type kept for them."""
     module = task.module
-    if correction.is_identity:
-        return module
-    projection, cores = solved.projection.at(index), solved.cores.at(index)
-    B, A = reference.recompose(
-        module.B.to(device),
-        module.A.to(device),
-        task.U.to(device),
-        task.V.to(device),
-        projection,
-        cores,
-    )
-    alpha = alpha_for_rank(
-        module.alpha, module.rank, A.shape[0], bool(adapter.config.get("use_rslora"))
-    )
-    return LoraModule(A=A.cpu(), B=B.cpu(), alpha=alpha, scaling=module.scaling)
+    alpha = module.alpha
+    if A.shape[0] != module.rank:
+        flag = bool(form.source.config.get("use_rslora"))
+        alpha = alpha_for_rank(alpha, module.rank, A.shape[0], flag)
+    new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
+    if form.portable_rank is not None:
+        new = new.portable(form.portable_rank)
+    B, A = new.B, new.A
+    if torch.float16 in (into[0].dtype, into[1].dtype) and not form.correction.is_identity:
+        B, A = balance(B, A)
+    store(task.name, B, A, into)
+    return replace(new, B=into[0], A=into[1])
 
 
 def _group_reports(
-    group: list[_Task], solved: _Solved, correction: Correction
+    group: list[_Task], cores: reference.Cores, form: _Form
 ) -> dict[str, ModuleReport]:
-    rank = group[0].module.rank
-    doubled = correction.rank == "exact" and not correction.is_identity
-    ranks = (rank, 2 * rank if doubled else rank, group[0].U.shape[1])
+    module = group[0].module
+    ranks = (module.rank, form.rank(module), group[0].U.shape[1])
     names = [task.name for task in group]
-    return module_reports(names, solved.cores, [t.module.scaling for t in group], ranks)
-
-
-def _cast(adapter: LoraAdapter, original: LoraAdapter, dtype: torch.dtype | None) -> LoraAdapter:
-    modules = {}
-    for name, module in adapter.modules.items():
-        old = original.modules[name]
-        A, B = module.A, module.B
-        A_dtype, B_dtype = dtype or old.A.dtype, dtype or old.B.dtype
-        if torch.float16 in (A_dtype, B_dtype) and A is not old.A:
-            B, A = _balance(B.float(), A.float())
-        A, B = A.to(A_dtype), B.to(B_dtype)
-        for side, X in (("A", A), ("B", B)):
-            # bfloat16 and float32 reach as far as the computation did.
-            if X.dtype == torch.float16 and not bool(torch.isfinite(X).all()):
-                raise CsuloraError(
-                    f"{name}: the corrected lora_{side} does not fit {X.dtype}; "
-                    "choose --dtype bfloat16 or float32"
-                )
-        modules[name] = replace(module, A=A, B=B)
-    return replace(adapter, modules=modules)
-
-
-def _balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Even out the two factors' magnitudes column by column, by powers of two.
-
-    float16 has few exponents: parts of a small B fall among its subnormal numbers and lose digits.
-    Powers of two leave the product, and every digit of the result, as they are.
-    """
-    left, right = B.abs().amax(0), A.abs().amax(1)
-    usable = (left > 0) & (right > 0)
-    shift = torch.where(usable, (0.5 * (right / left).log2()).round(), torch.zeros_like(left))
-    return B * torch.exp2(shift), A * torch.exp2(-shift)[:, None]
+    return module_reports(names, cores, [t.module.scaling for t in group], ranks)
 
 
 def _report(

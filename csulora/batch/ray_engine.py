@@ -77,7 +77,7 @@ class RayEngine:
         self._shared = ray.put(_to_arrays(subspace)), os.getcwd()
         self._greetings: dict[Any, Any] = {}  # reference: worker that has not started yet
         self._in_hand: dict[Any, tuple[Any, Shard]] = {}  # reference: worker and its shard
-        self._idle: list[Any] = []  # workers that have less than they could
+        self._ready: list[Any] = []  # workers that have started
         for _ in range(self._workers):
             self._hire()
 
@@ -120,19 +120,28 @@ class RayEngine:
             return
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        if worker not in self._idle:
-            self._idle.append(worker)
+        if worker not in self._ready:
+            self._ready.append(worker)
         self._hand_out()
 
     def _hand_out(self) -> None:
         """Give workers that could do with more of what is left."""
-        for worker in list(self._idle):
-            while self._in_hands_of(worker) < IN_HAND:
-                shard = self._next_shard()
-                if not shard:
-                    return
+        for worker in self._ready:
+            while shard := self._shard_for(worker):
                 self._in_hand[worker.correct.remote(shard)] = worker, shard
-            self._idle.remove(worker)
+
+    def _shard_for(self, worker: Any) -> Shard:
+        """What a worker gets next, nothing if it has enough.
+
+        What went down with a worker before is a worker's only work: if it brings down this one too,
+        nothing else is lost with it and takes part of the blame.
+        """
+        shards = [shard for other, shard in self._in_hand.values() if other is worker]
+        if not shards and self._again:
+            return self._again.popleft()
+        if len(shards) >= IN_HAND or any(shard[0].again for shard in shards):
+            return []
+        return self._fresh_shard()
 
     def _in_hands_of(self, worker: Any) -> int:
         return sum(other is worker for other, _ in self._in_hand.values())
@@ -151,7 +160,7 @@ class RayEngine:
             else:
                 text = f"{task.item.source}: its worker died {TRIES} times ({_first_line(error)})"
                 self._ended.append(work.failed(self._run, task, "lost worker", text))
-        self._idle = [other for other in self._idle if other is not worker]
+        self._ready = [other for other in self._ready if other is not worker]
         # The second shard of the same worker comes back by itself, with the same error.
         if not self._in_hands_of(worker):
             self._hire()
@@ -160,9 +169,7 @@ class RayEngine:
     def _left(self) -> bool:
         return bool(self._again) or self._position < len(self._items)
 
-    def _next_shard(self) -> Shard:
-        if self._again:
-            return self._again.popleft()
+    def _fresh_shard(self) -> Shard:
         left = len(self._items) - self._position
         size = min(LARGEST_SHARD, max(1, left // (SHARE * self._workers)))
         shard: Shard = []
@@ -178,9 +185,9 @@ class RayEngine:
 
     def _close(self) -> None:
         busy = (worker for worker, _ in self._in_hand.values())
-        for worker in {*self._greetings.values(), *busy, *self._idle}:
+        for worker in {*self._greetings.values(), *busy, *self._ready}:
             self._ray.kill(worker)
-        self._greetings, self._in_hand, self._idle = {}, {}, []
+        self._greetings, self._in_hand, self._ready = {}, {}, []
         if self._own_cluster:
             self._ray.shutdown()
 
