@@ -1,5 +1,6 @@
 """Many adapters in one call: bad ones never stop good ones, resuming, and being killed."""
 
+import importlib.util
 import io
 import json
 import os
@@ -184,3 +185,19 @@ def test_outcomes_come_in_order_with_their_number(tmp_path, subspace):
     assert [outcome.output.name for outcome in outcomes] == [name for name, _, _ in seen]
     assert all(o.seconds > 0 and 0 < o.bytes_in < o.bytes_out for o in outcomes)
     assert all(o.report is not None and not o.report.modules and o.totals for o in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(("--engine", "ray"), "csulora[ray]"), (("--ray-address", "auto"), "engine ray")],
+)
+def test_ray_absent_or_not_asked_for(three, capsys, monkeypatch, options, word):
+    adapters, common, out = three
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == "ray" else find_spec(name)
+    )
+    result = call(capsys, adapters[0], *common, *options)
+    assert (result.code, len(result.complaints)) == (2, 1)
+    assert word in result.complaints[0]
+    assert not out.exists()

@@ -107,6 +107,18 @@ def test_collisions_before_any_work(tree, arguments, word, capsys, tmp_path):
     assert not out.exists()
 
 
+def test_outputs_do_not_go_through_a_link(tree, capsys, tmp_path):
+    subspace = builders.write_subspace(tmp_path / "s.safetensors")
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    outside.mkdir()
+    (out / "a").symlink_to(outside)
+    result = builders.run(capsys, "correct", "in", "--subspace", subspace, "--out-dir", out)
+    assert (result.code, len(result.complaints)) == (2, 1)
+    assert str(out / "a") in result.complaints[0] and "link" in result.complaints[0]
+    assert builders.tree(outside) == {}
+
+
 def test_an_adapter_named_like_the_journal(tmp_path):
     with pytest.raises(UsageError, match="name of the journal"):
         check_targets([Item("x/" + builders.JOURNAL, builders.JOURNAL)], tmp_path)

@@ -73,7 +73,19 @@ def check_targets(items: Iterable[Item], out_dir: Path) -> None:
                     f"{out_dir / target}: the output of {source} would lie within that of "
                     f"{targets[parent]}; correct them into two folders"
                 )
+    _check_within(targets, out_dir)
     _check_apart(targets, origins, out_dir)
+
+
+def _check_within(targets: Iterable[str], out_dir: Path) -> None:
+    """A link below the output folder must not lead an output out of it."""
+    root = os.path.realpath(out_dir)
+    for parent in dict.fromkeys(os.path.dirname(target) for target in targets):
+        place = os.path.join(root, parent) if parent else root
+        if os.path.realpath(place) != place:
+            raise UsageError(
+                f"{out_dir / parent}: a link; outputs are not written through links, remove it"
+            )
 
 
 def _check_apart(targets: Iterable[str], origins: dict[str, str], out_dir: Path) -> None:
