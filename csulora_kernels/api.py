@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from csulora_kernels import plan
-from csulora_kernels.layout import Basis, Table, empty_like, power_of_two_divisor
-from csulora_kernels.tiles import BLOCK_K, MAX_RANK, Tiles, choose
+from csulora_kernels.layout import Basis, Table, empty_like
+from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
 
 class Projection(NamedTuple):
@@ -107,7 +107,6 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     N, M = len(table.slots), len(table.shapes)
     if ws.project_work.shape[0] == 0:
         return result
-    vec_r, vec_d = _alignments(table)
     with _on(table.data):
         project_kernel[(ws.project_work.shape[0],)](
             table.data,
@@ -121,10 +120,10 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
             K=tiles.K,
             R=tiles.R,
             GROUP=tiles.group,
-            BLOCK_K=BLOCK_K,
+            BLOCK_K=tiles.project.block_k,
             BLOCK_D=tiles.project.block_d,
-            VEC_R=vec_r,
-            VEC_D=vec_d,
+            VEC_R=table.vec_r,
+            VEC_D=table.vec_d,
             EMULATE=_interpreted(project_kernel, table.data),
             num_warps=tiles.project.warps,
             num_stages=tiles.project.stages,
@@ -209,7 +208,6 @@ def recompose(
     precision = "tf32x3" if table.data.dtype == torch.float32 else "bf16x3"
     if _interpreted(recompose_kernel, table.data):
         precision = "ieee"  # the interpreter knows no bf16x3
-    vec_r, vec_d = _alignments(table)
     with _on(table.data):
         recompose_kernel[(ws.recompose_work.shape[0],)](
             table.data,
@@ -226,10 +224,11 @@ def recompose(
             len(table.shapes),
             K=tiles.K,
             R=tiles.R,
-            BLOCK_K=BLOCK_K,
+            T=tiles.recompose_tile,
+            BLOCK_K=tiles.recompose.block_k,
             BLOCK_D=tiles.recompose.block_d,
-            VEC_R=vec_r,
-            VEC_D=vec_d,
+            VEC_R=table.vec_r,
+            VEC_D=table.vec_d,
             SAME=ws.same,
             PRECISION=precision,
             num_warps=tiles.recompose.warps,
@@ -325,14 +324,6 @@ def _interpreted(kernel: Any, data: Tensor) -> bool:
 
 def _on(data: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(data.device) if data.is_cuda else contextlib.nullcontext()
-
-
-def _alignments(table: Table) -> tuple[int, int]:
-    """Elements per vector that every rank, and every d, is a multiple of."""
-    limit = 16 // table.data.element_size()
-    ranks = [slot.r for row in table.slots for slot in row]
-    lengths = [d for s in table.shapes for d in (s.d_out, s.d_in)]
-    return power_of_two_divisor(ranks, limit), power_of_two_divisor(lengths, limit)
 
 
 def _check(table: Table, basis: Basis) -> None:

@@ -82,10 +82,9 @@ class Table:
     slots: tuple[tuple[Slot, ...], ...]  # N x M
     data: Tensor  # flat
     entries: Tensor  # (N, M, 3) int64 on the device: r, o_B, o_A
-
-    @property
-    def max_rank(self) -> int:
-        return max((slot.r for row in self.slots for slot in row), default=0)
+    max_rank: int
+    vec_r: int  # elements, at most 16 bytes of them, that every rank is a multiple of
+    vec_d: int  # the same of every d_out and d_in
 
     def B(self, i: int, m: int) -> Tensor:
         """(d_out, r) of adapter i and module m, a view."""
@@ -194,7 +193,17 @@ def power_of_two_divisor(sizes: Sequence[int], limit: int) -> int:
 def _table(shapes: tuple[Shape, ...], slots: Sequence[tuple[Slot, ...]], data: Tensor) -> Table:
     entries = torch.tensor(slots, dtype=torch.int64).reshape(len(slots), len(shapes), 3)
     _check_alignment(data, (o for row in slots for slot in row for o in slot[1:]))
-    return Table(shapes, tuple(slots), data, entries.to(data.device))
+    ranks = [slot.r for row in slots for slot in row]
+    limit = ALIGNMENT // data.element_size()
+    return Table(
+        shapes,
+        tuple(slots),
+        data,
+        entries.to(data.device),
+        max(ranks, default=0),
+        power_of_two_divisor(ranks, limit),
+        power_of_two_divisor([d for s in shapes for d in (s.d_out, s.d_in)], limit),
+    )
 
 
 def _view(data: Tensor, offset: int, *shape: int) -> Tensor:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from csulora_kernels.smallmat import (
-    add_ridge,
     copy,
     inner,
     multiply,
@@ -35,7 +34,8 @@ LARGEST = tl.constexpr(3.0e38)
 # The alternating fit of `same`, as the reference has it, but each module stops for itself.
 FIT_STALL = tl.constexpr(1e-4)
 FIT_MAX_STEPS = tl.constexpr(50)
-FIT_RIDGE = tl.constexpr(1e-10)
+# Pivots below this share of the largest are the null space of rank-deficient factors.
+SINGULAR = tl.constexpr(1e-11)
 
 # Scratch matrices of one program. Of four: G_B in, out and G_A in, out; cores ff, fo, of, oo.
 GRAMS = tl.constexpr(0)
@@ -212,7 +212,7 @@ def _direction_core(p_s, block, c, R: tl.constexpr, T: tl.constexpr):
     g_A = GRAMS + 2 + block % 2
     multiply(p_s, WORK, g_A, l, 0, 1.0, 0.0, R, T)
     multiply(p_s, WORK + 1, l, WORK, 0, c, 1.0, R, T, TRANS_A=True)
-    negative_inverse(p_s, WORK + 1, R, T)
+    negative_inverse(p_s, WORK + 1, SINGULAR, R, T)
     multiply(p_s, WORK + 2, WORK, WORK + 1, 0, c, 0.0, R, T)
     multiply(p_s, CORES + block, WORK + 2, l, 0, 1.0, 1.0, R, T, TRANS_B=True)
 
@@ -266,15 +266,13 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         multiply(p_s, t, K_A, Aq, 0, 1.0, 0.0, R, T)
         multiply(p_s, S, t, K_A, Ap, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
         multiply(p_s, rhs, K_qq, t, KG, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
-        add_ridge(p_s, S, FIT_RIDGE, R)
-        negative_inverse(p_s, S, R, T)
+        negative_inverse(p_s, S, SINGULAR, R, T)
         multiply(p_s, K_B, rhs, S, 0, -1.0, 0.0, R, T)
         # (C^T G_Bp C + K_B^T G_Bq K_B) K_A = C^T G_Bp K_pq + K_B^T G_Bq K_qq
         multiply(p_s, t, K_B, Bq, 0, 1.0, 0.0, R, T, TRANS_A=True)
         multiply(p_s, S, t, K_B, CtGC, 1.0, 0.0, R, T, BASE=True)
         multiply(p_s, rhs, t, K_qq, CtGK, 1.0, 0.0, R, T, BASE=True)
-        add_ridge(p_s, S, FIT_RIDGE, R)
-        negative_inverse(p_s, S, R, T)
+        negative_inverse(p_s, S, SINGULAR, R, T)
         multiply(p_s, K_A, S, rhs, 0, -1.0, 0.0, R, T)
         # Squared error: of qp, <G_Bq D, D G_Ap> with D = K_B - K_qp; of pq and qq at their minimum
         # in K_A, the constant less <rhs G_Aq, K_A>.

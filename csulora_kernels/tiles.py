@@ -13,8 +13,8 @@ import torch
 
 from csulora_kernels.layout import Shape
 
-BLOCK_K = 64  # directions per tile; more directions are more tiles
-MAX_RANK = 128  # beyond it csulora_kernels.fallback takes over
+DIRECTIONS = 64  # K is a multiple of it
+MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Launch:
     """Shape of one kernel's programs."""
 
     block_d: int
+    block_k: int  # directions at a time
     warps: int
     stages: int
 
@@ -31,7 +32,7 @@ class Tiles:
     """Everything about a launch that is not data."""
 
     R: int  # ranks padded to a power of two
-    K: int  # directions padded to a multiple of BLOCK_K
+    K: int  # directions padded to a multiple of DIRECTIONS
     group: int  # adapters that share one basis tile in project
     project: Launch
     split_length: int  # d of one program in project, a multiple of its block_d
@@ -39,6 +40,7 @@ class Tiles:
     solve_warps: int
     solve_programs: int
     recompose: Launch
+    recompose_tile: int  # columns of a result at a time
     recompose_adapters: int  # adapters of one program
 
 
@@ -60,12 +62,12 @@ def choose(
     """
     R = padded_rank(max_rank)
     k_max = max((s.k for s in shapes), default=0)
-    K = max(BLOCK_K, -(-k_max // BLOCK_K) * BLOCK_K)
+    K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
     group = max(1, 64 // R) if adapters > 1 else 1
-    project, recompose = launches(R, group, dtype, capability)
+    project, recompose = launches(R, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
-    groups = -(-adapters // group) * (K // BLOCK_K)
+    groups = -(-adapters // group) * (K // project.block_k)
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
     split_length = 16384
     while (
@@ -82,20 +84,30 @@ def choose(
         project=project,
         split_length=split_length,
         solve_tile=min(R, 32),
-        solve_warps={16: 2}.get(R, 4),
+        solve_warps={16: 1, 128: 8}.get(R, 4),
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
         recompose=recompose,
+        recompose_tile=min(R, 32),
         recompose_adapters=-(-max(1, adapters) // shares),
     )
 
 
 @lru_cache
-def launches(R: int, group: int, dtype: torch.dtype, capability: int) -> tuple[Launch, Launch]:
+def launches(R: int, K: int, dtype: torch.dtype, capability: int) -> tuple[Launch, Launch]:
     """(project, recompose): the largest tiles that the compiler fits into registers."""
     wide = dtype == torch.float32
-    if R * group <= 64:
-        project = Launch(16 if wide else 32, 4, 3)
-    else:
-        project = Launch(16 if wide else 32, 8, 3)
-    recompose = Launch(64, 4 if R <= 32 else 8, 2)
+    project = Launch(
+        block_d=16 if wide else 32,
+        block_k=32 if wide and R == 128 else 64,
+        warps=8 if R == 128 else 4,
+        stages=3,
+    )
+    # A basis tile of all directions stays in registers from adapter to adapter where it fits.
+    resident = K == DIRECTIONS and R <= 32 and not wide
+    recompose = Launch(
+        block_d=64,
+        block_k=64 if resident else 32,
+        warps=8 if R >= 64 and not wide and capability < 90 else 4,
+        stages=2,
+    )
     return project, recompose
