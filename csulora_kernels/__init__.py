@@ -15,15 +15,19 @@ from csulora_kernels.api import (
     workspace,
 )
 from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
+from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
 __all__ = [
+    "MAX_RANK",
     "Basis",
     "Cores",
     "Penalties",
     "Projection",
     "Result",
     "Table",
+    "Tiles",
     "Workspace",
+    "choose",
     "correct",
     "empty_like",
     "pack",

@@ -100,7 +100,7 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
 def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     """P, Q and the Gram matrices of every module of every adapter. One launch, and one that adds
     partial sums where a side was cut."""
-    from csulora_kernels.project import add_splits_kernel, project_kernel
+    from csulora_kernels._project import add_splits_kernel, project_kernel
 
     ws, tiles = workspace, workspace.tiles
     result = Projection(*(X[0] for X in ws.partial))
@@ -145,7 +145,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
 
 def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Cores:
     """The cores of the corrected updates and their energies. One launch."""
-    from csulora_kernels.solve import solve_kernel
+    from csulora_kernels._solve import solve_kernel
 
     ws, tiles = workspace, workspace.tiles
     if _checked_rank(penalties) != ws.same:
@@ -182,6 +182,7 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
             SAME=ws.same,
             num_warps=tiles.solve_warps,
             num_stages=1,
+            maxnreg=tiles.solve_registers,
         )
     return c
 
@@ -196,7 +197,7 @@ def recompose(
     out: Table | None = None,
 ) -> Table:
     """The corrected factors, rank 2r (exact) or r (same), in the table's type. One launch."""
-    from csulora_kernels.recompose import recompose_kernel
+    from csulora_kernels._recompose import recompose_kernel
 
     ws, tiles = workspace, workspace.tiles
     factor = 1 if ws.same else 2
@@ -298,7 +299,7 @@ def _core_buffers(N: int, M: int, K: int, R: int, same: bool, device: torch.devi
 
 
 def _scratch(programs: int, R: int, device: torch.device) -> Tensor:
-    matrices = 26  # csulora_kernels.solve.SCRATCH_MATRICES, which this file must not import
+    matrices = 26  # csulora_kernels._solve.SCRATCH_MATRICES, which this file must not import
     return torch.empty(programs, matrices, R, R, dtype=torch.float64, device=device)
 
 

@@ -38,6 +38,7 @@ class Tiles:
     split_length: int  # d of one program in project, a multiple of its block_d
     solve_tile: int
     solve_warps: int
+    solve_registers: int  # a thread's limit; left alone the compiler may choose fewer and spill
     solve_programs: int
     recompose: Launch
     recompose_tile: int  # columns of a result at a time
@@ -76,7 +77,7 @@ def choose(
         split_length //= 2
     d_tiles = sum(-(-d // recompose.block_d) for d in lengths)
     shares = min(max(1, adapters), -(-8 * processors // max(1, d_tiles)))
-    per_processor = {16: 8, 32: 4, 64: 2, 128: 1}
+    per_processor = {16: 8, 32: 2}  # what the registers allow
     return Tiles(
         R=R,
         K=K,
@@ -84,7 +85,8 @@ def choose(
         project=project,
         split_length=split_length,
         solve_tile=min(R, 32),
-        solve_warps={16: 1, 128: 8}.get(R, 4),
+        solve_warps={16: 1, 32: 4}.get(R, 8),
+        solve_registers=255 if R <= 32 else 232,
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
         recompose=recompose,
         recompose_tile=min(R, 32),

@@ -2,7 +2,7 @@
 
     python tests/compiled.py < configurations.json > facts.json
 
-A configuration is {kernel, arch, dtype, and the kernel's constants by name, warps, stages}. Compiling
+A configuration is {kernel, arch, dtype, and the kernel's constants by name, warps, stages, registers}. Compiling
 needs Triton without its interpreter, so the tests call this in a process of its own.
 """
 
@@ -40,9 +40,7 @@ STORED = ("p_data", "p_out", "p_base", "p_aligned")  # of the adapters' or check
 
 def kernel(name: str) -> Any:
     module = {"add_splits": "project"}.get(name, name)
-    return getattr(
-        __import__(f"csulora_kernels.{module}", fromlist=["_"]), f"{name}_kernel"
-    )
+    return getattr(__import__(f"csulora_kernels._{module}", fromlist=["_"]), f"{name}_kernel")
 
 
 def facts(configuration: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +48,7 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
     given = dict(configuration)
     fn = kernel(given.pop("kernel"))
     arch, warps, stages = given.pop("arch"), given.pop("warps"), given.pop("stages")
+    registers = given.pop("registers", None)
     stored = DTYPES[given.pop("dtype")]
     signature, attributes = {}, {}
     for i, name in enumerate(fn.arg_names):
@@ -62,9 +61,8 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
             signature[name] = "fp32" if name.startswith("lambda") else "i32"
     source = ASTSource(fn=fn, signature=signature, constexprs=given, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csulora_kernels.smallmat import (
+from csulora_kernels._smallmat import (
     copy,
     inner,
     multiply,
