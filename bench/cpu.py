@@ -58,16 +58,21 @@ def flops(adapter: LoraAdapter, k: int) -> float:
     )
 
 
-def compare(layers: int, r: int, k: int, rounds: int) -> list[dict]:
-    """One row per kind of work, with its median time and its median ratio to the floor."""
+def works_of(layers: int, r: int, k: int) -> tuple[LoraAdapter, dict[str, Callable[[], object]]]:
+    """An adapter, and what is timed on it, the floor first."""
     adapter, subspace = make(layers, r, k, torch.float32)
     half, _ = make(layers, r, k, torch.bfloat16)
-    works = {
+    return adapter, {
         "unavoidable products": products(adapter, subspace),
         "correct, exact, float32": lambda: correct(adapter, subspace, Correction()),
         "correct, exact, bfloat16": lambda: correct(half, subspace, Correction()),
         "correct, same, float32": lambda: correct(adapter, subspace, Correction(rank="same")),
     }
+
+
+def compare(layers: int, r: int, k: int, rounds: int) -> list[dict]:
+    """One row per kind of work, with its median time and its median ratio to the floor."""
+    adapter, works = works_of(layers, r, k)
     times: dict[str, list[float]] = {name: [] for name in works}
     for count in range(rounds + 1):
         for name, work in works.items():

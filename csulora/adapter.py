@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ class LoraModule:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    def portable(self, rank: int) -> LoraModule:
+        """The same update with the scaling folded into B and zeros up to `rank`."""
+        missing = rank - self.rank
+        return LoraModule(
+            A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
+            B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
+            alpha=rank,
+            scaling=1.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class LoraAdapter:
         if extra and not pass_through:
             raise CsuloraError(
                 f"{weights}: {len(extra)} tensor(s) are not a LoRA update on a linear weight: "
-                f"{_listed(extra)}; pass --pass-through to copy them uncorrected"
+                f"{listed(extra)}; pass --pass-through to copy them uncorrected"
             )
         if not linear and not extra:
             raise CsuloraError(f"{weights}: holds no LoRA tensors")
@@ -111,29 +121,6 @@ class LoraAdapter:
                 config_sha256=sha256_file(path / peft_config.FILE),
             ),
         )
-
-    def portable(self) -> LoraAdapter:
-        """The same updates in the form that PEFT, vLLM, SGLang and LoRAX read alike.
-
-        One rank for all modules (smaller ones padded with zeros), lora_alpha = r, scaling folded into
-        B, no patterns, no rsLoRA flag. Raises CsuloraError if tensors are passed through, whose
-        meaning depends on the scaling.
-        """
-        if self.extra:
-            raise CsuloraError(
-                f"the portable form cannot hold passed-through tensors: {_listed(self.extra)}"
-            )
-        rank = max(module.rank for module in self.modules.values())
-        modules = {
-            name: LoraModule(
-                A=torch.nn.functional.pad(m.A, (0, 0, 0, rank - m.rank)),
-                B=torch.nn.functional.pad(m.B * m.scaling, (0, rank - m.rank)),
-                alpha=rank,
-                scaling=1.0,
-            )
-            for name, m in self.modules.items()
-        }
-        return replace(self, modules=modules, config=peft_config.portable_config(self.config, rank))
 
     def save(
         self,
@@ -318,6 +305,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "")

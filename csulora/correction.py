@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from csulora import reference
-from csulora.adapter import DTYPES, LoraAdapter, LoraModule
+from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
 from csulora.backend import check_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
+from csulora.factors import Place, allocate, balance, store
 from csulora.names import match_modules
-from csulora.peft_config import alpha_for_rank
+from csulora.peft_config import alpha_for_rank, portable_config
 from csulora.report import (
     ModuleReport,
     Report,
@@ -57,24 +58,24 @@ def correct(
         raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     check_backend(backend)
     place = pick_device(device)
+    form = _Form.of(adapter, correction, dtype, portable)
     tasks = _tasks(adapter, subspace)
+    memory = allocate({task.name: form.place(task) for task in tasks})
     modules: dict[str, LoraModule] = {}
     reports: dict[str, ModuleReport] = {}
     for group in _groups(tasks):
-        solved = _solve_group(group, correction, place)
-        reports |= _group_reports(group, solved, correction)
-        for i, task in enumerate(group):
-            modules[task.name] = _recompose(task, solved, i, adapter, correction, place)
-    corrected = replace(adapter, modules={name: modules[name] for name in adapter.modules})
-    if portable:
-        corrected = corrected.portable()
-    corrected = _cast(corrected, adapter, dtype)
-    reports = {name: reports[name] for name in adapter.modules}
-    if portable:
-        rank = next(iter(corrected.modules.values())).rank
-        reports = {name: replace(r, rank_out=rank) for name, r in reports.items()}
-    return corrected, _report(
-        adapter, reports, origins(adapter, subspace, correction, dtype, portable)
+        factors = [_single(task, place) for task in group]
+        projection = _project_group(group, factors, place)
+        cores = reference.solve(projection, correction)
+        reports |= _group_reports(group, cores, form)
+        # The last first: its basis is the one that is still in the cache.
+        parts = list(zip(group, factors, projection.unbind(), cores.unbind(), strict=True))
+        for task, pair, coordinates, core in reversed(parts):
+            modules[task.name] = _recompose(task, pair, coordinates, core, form, memory[task.name])
+    return form.adapter({name: modules[name] for name in adapter.modules}), _report(
+        adapter,
+        {name: reports[name] for name in adapter.modules},
+        origins(adapter, subspace, correction, dtype, portable),
     )
 
 
@@ -104,13 +105,15 @@ def sweep(
     """`decompose` for several settings, for the price of one pass over the factors."""
     place = pick_device(device)
     groups = list(_groups(_tasks(adapter, subspace)))
-    projections = [_project_group(group, place) for group in groups]
+    projections = [
+        _project_group(group, [_single(task, place) for task in group], place) for group in groups
+    ]
     reports = []
     for correction in corrections:
+        form = _Form.of(adapter, correction, None, False)
         found: dict[str, ModuleReport] = {}
         for group, projection in zip(groups, projections, strict=True):
-            cores = reference.solve(projection, correction)
-            found |= _group_reports(group, _Solved(projection, cores), correction)
+            found |= _group_reports(group, reference.solve(projection, correction), form)
         ordered = {name: found[name] for name in adapter.modules}
         reports.append(_report(adapter, ordered, origins(adapter, subspace, correction)))
     return reports
@@ -150,9 +153,49 @@ class _Task(NamedTuple):
     V: Tensor  # (d_in, k)
 
 
-class _Solved(NamedTuple):
-    projection: reference.Projection  # stacked over the modules of a group
-    cores: reference.Cores
+class _Form(NamedTuple):
+    """The form in which the result is wanted: everything about it but its values."""
+
+    source: LoraAdapter
+    correction: Correction
+    dtype: torch.dtype | None
+    portable_rank: int | None
+
+    @classmethod
+    def of(
+        cls, source: LoraAdapter, correction: Correction, dtype: torch.dtype | None, portable: bool
+    ) -> _Form:
+        form = cls(source, correction, dtype, None)
+        if not portable:
+            return form
+        if source.extra:
+            raise CsuloraError(
+                f"the portable form cannot hold passed-through tensors: {listed(source.extra)}"
+            )
+        return form._replace(portable_rank=max(form.rank(m) for m in source.modules.values()))
+
+    def rank(self, module: LoraModule) -> int:
+        """Rank of a module's result."""
+        if self.portable_rank is not None:
+            return self.portable_rank
+        doubled = self.correction.rank == "exact" and not self.correction.is_identity
+        return 2 * module.rank if doubled else module.rank
+
+    def place(self, task: _Task) -> Place:
+        module = task.module
+        r = self.rank(module)
+        return Place(
+            B=(module.B.shape[0], r),
+            A=(r, module.A.shape[1]),
+            B_dtype=self.dtype or module.B.dtype,
+            A_dtype=self.dtype or module.A.dtype,
+        )
+
+    def adapter(self, modules: dict[str, LoraModule]) -> LoraAdapter:
+        config = self.source.config
+        if self.portable_rank is not None:
+            config = portable_config(config, self.portable_rank)
+        return replace(self.source, modules=modules, config=config)
 
 
 def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
@@ -192,13 +235,20 @@ def _groups(tasks: list[_Task]) -> Iterator[list[_Task]]:
     yield from groups.values()
 
 
-def _project_group(group: list[_Task], device: torch.device) -> reference.Projection:
-    """Stacked projections of a group: each module's factors are read once, one at a time.
+def _single(task: _Task, device: torch.device) -> tuple[Tensor, Tensor]:
+    """B and A of a module in float32 on the device, converted once for both passes over them."""
+    return task.module.B.to(device, torch.float32), task.module.A.to(device, torch.float32)
+
+
+def _project_group(
+    group: list[_Task], factors: list[tuple[Tensor, Tensor]], device: torch.device
+) -> reference.Projection:
+    """Stacked projections of a group.
 
     Factors can be as small as 1e-30 where alpha makes up for it: a sum of squares that vanished would
     pass the update off as zero, and so as nothing to correct. Such modules are projected in float64.
     """
-    rows = [_project(task, device, task.U.dtype) for task in group]
+    rows = [_project(task, pair, device) for task, pair in zip(group, factors, strict=True)]
     stacked = _stack(rows)
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in (stacked.G_B, stacked.G_A)], dim=-1)
     finite = torch.isfinite(squares).all(-1)
@@ -211,91 +261,61 @@ def _project_group(group: list[_Task], device: torch.device) -> reference.Projec
     return _stack(
         reference.Projection(*(X.double() for X in row))
         if enough
-        else _project(task, device, torch.float64)
-        for task, row, enough in zip(group, rows, held, strict=True)
+        else _project(task, (pair[0].double(), pair[1].double()), device)
+        for task, pair, row, enough in zip(group, factors, rows, held, strict=True)
     )
 
 
-def _project(task: _Task, device: torch.device, dtype: torch.dtype) -> reference.Projection:
-    tensors = (task.module.B, task.module.A, task.U, task.V)
-    return reference.project(*(X.to(device, dtype) for X in tensors))
+def _project(
+    task: _Task, pair: tuple[Tensor, Tensor], device: torch.device
+) -> reference.Projection:
+    B, A = pair
+    return reference.project(B, A, task.U.to(device, B.dtype), task.V.to(device, B.dtype))
 
 
 def _stack(rows: Iterable[reference.Projection]) -> reference.Projection:
     return reference.Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
-def _solve_group(group: list[_Task], correction: Correction, device: torch.device) -> _Solved:
-    projection = _project_group(group, device)
-    return _Solved(projection, reference.solve(projection, correction))
-
-
 def _recompose(
     task: _Task,
-    solved: _Solved,
-    index: int,
-    adapter: LoraAdapter,
-    correction: Correction,
-    device: torch.device,
+    pair: tuple[Tensor, Tensor],
+    projection: reference.Projection,
+    cores: reference.Cores,
+    form: _Form,
+    memory: tuple[Tensor, Tensor],
 ) -> LoraModule:
-    module = task.module
-    if correction.is_identity:
-        return module
-    projection, cores = solved.projection.at(index), solved.cores.at(index)
-    B, A = reference.recompose(
-        module.B.to(device),
-        module.A.to(device),
-        task.U.to(device),
-        task.V.to(device),
-        projection,
-        cores,
-    )
-    alpha = alpha_for_rank(
-        module.alpha, module.rank, A.shape[0], bool(adapter.config.get("use_rslora"))
-    )
-    return LoraModule(A=A.cpu(), B=B.cpu(), alpha=alpha, scaling=module.scaling)
+    """The module's new factors, in the memory and type kept for them."""
+    module, device = task.module, pair[0].device
+    B, A, alpha = *pair, module.alpha
+    if form.correction.is_identity:
+        B, A = module.B, module.A
+    else:
+        there = form.portable_rank is None and all(
+            X.dtype == torch.float32 and X.device == device for X in memory
+        )
+        B, A = reference.recompose(
+            B, A, task.U.to(device), task.V.to(device), projection, cores, memory if there else None
+        )
+        flag = bool(form.source.config.get("use_rslora"))
+        alpha = alpha_for_rank(alpha, module.rank, A.shape[0], flag)
+    new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
+    if form.portable_rank is not None:
+        new = new.portable(form.portable_rank)
+    B, A = new.B, new.A
+    if torch.float16 in (memory[0].dtype, memory[1].dtype) and not form.correction.is_identity:
+        B, A = balance(B, A)
+    store(task.name, B, A, memory)
+    return replace(new, B=memory[0], A=memory[1])
 
 
 def _group_reports(
-    group: list[_Task], solved: _Solved, correction: Correction
+    group: list[_Task], cores: reference.Cores, form: _Form
 ) -> dict[str, ModuleReport]:
-    rank = group[0].module.rank
-    doubled = correction.rank == "exact" and not correction.is_identity
-    ranks = (rank, 2 * rank if doubled else rank, group[0].U.shape[1])
+    module = group[0].module
+    ranks = (module.rank, form.rank(module), group[0].U.shape[1])
     names = [task.name for task in group]
-    return module_reports(names, solved.cores, [t.module.scaling for t in group], ranks)
-
-
-def _cast(adapter: LoraAdapter, original: LoraAdapter, dtype: torch.dtype | None) -> LoraAdapter:
-    modules = {}
-    for name, module in adapter.modules.items():
-        old = original.modules[name]
-        A, B = module.A, module.B
-        A_dtype, B_dtype = dtype or old.A.dtype, dtype or old.B.dtype
-        if torch.float16 in (A_dtype, B_dtype) and A is not old.A:
-            B, A = _balance(B.float(), A.float())
-        A, B = A.to(A_dtype), B.to(B_dtype)
-        for side, X in (("A", A), ("B", B)):
-            # bfloat16 and float32 reach as far as the computation did.
-            if X.dtype == torch.float16 and not bool(torch.isfinite(X).all()):
-                raise CsuloraError(
-                    f"{name}: the corrected lora_{side} does not fit {X.dtype}; "
-                    "choose --dtype bfloat16 or float32"
-                )
-        modules[name] = replace(module, A=A, B=B)
-    return replace(adapter, modules=modules)
-
-
-def _balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Even out the two factors' magnitudes column by column, by powers of two.
-
-    float16 has few exponents: parts of a small B fall among its subnormal numbers and lose digits.
-    Powers of two leave the product, and every digit of the result, as they are.
-    """
-    left, right = B.abs().amax(0), A.abs().amax(1)
-    usable = (left > 0) & (right > 0)
-    shift = torch.where(usable, (0.5 * (right / left).log2()).round(), torch.zeros_like(left))
-    return B * torch.exp2(shift), A * torch.exp2(-shift)[:, None]
+    return module_reports(names, cores, [t.module.scaling for t in group], ranks)
 
 
 def _report(
