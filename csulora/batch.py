@@ -72,7 +72,7 @@ def correct_many(
     targets = _targets(sources, Path(out_dir))
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, not {jobs}")
-    check_backend(backend)
+    check_backend(backend, device)
     pick_device(device)
     recover_folders(Path(out_dir), {target.name for target in targets})
     subspace.sha256  # noqa: B018  computed once here, not once in every thread

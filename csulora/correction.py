@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csulora import reference
+from csulora import packed, reference
 from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
-from csulora.backend import check_backend, pick_device
+from csulora.backend import pick_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
 from csulora.factors import Place, allocate, balance, store
 from csulora.names import match_modules
@@ -56,8 +56,12 @@ def correct(
     correction = correction or Correction()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    check_backend(backend)
     place = pick_device(device)
+    if pick_backend(backend, place) == "triton":
+        (result,) = _correct_packed([adapter], subspace, correction, dtype, portable, place)
+        if isinstance(result, CsuloraError):
+            raise result
+        return result
     form = _Form.of(adapter, correction, dtype, portable)
     tasks = _tasks(adapter, subspace)
     memory = allocate({task.name: form.place(task) for task in tasks})
@@ -77,6 +81,41 @@ def correct(
         {name: reports[name] for name in adapter.modules},
         origins(adapter, subspace, correction, dtype, portable),
     )
+
+
+def correct_batch(
+    adapters: Sequence[LoraAdapter],
+    subspace: SafetySubspace,
+    correction: Correction | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    portable: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
+    """`correct` for each adapter, in order; one that cannot be corrected gives its error in its place.
+
+    Triton takes all of them in one launch a stage, so all must fit in the device's memory: four times
+    their bytes, besides the subspace, which stays there with `subspace` for the next call.
+
+    Raises UsageError for an unknown option.
+    """
+    correction = correction or Correction()
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    place = pick_device(device)
+    if pick_backend(backend, place) == "triton":
+        return _correct_packed(adapters, subspace, correction, dtype, portable, place)
+    results: list[tuple[LoraAdapter, Report] | CsuloraError] = []
+    options: dict[str, Any] = {"dtype": dtype, "portable": portable, "device": device}
+    for adapter in adapters:
+        try:
+            results.append(correct(adapter, subspace, correction, backend="torch", **options))
+        except UsageError:
+            raise
+        except CsuloraError as error:
+            results.append(error)
+    return results
 
 
 def decompose(
@@ -146,11 +185,73 @@ def origins(
     }
 
 
+def _correct_packed(
+    adapters: Sequence[LoraAdapter],
+    subspace: SafetySubspace,
+    correction: Correction,
+    dtype: torch.dtype | None,
+    portable: bool,
+    device: torch.device,
+) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
+    """`correct_batch` by the Triton kernels; adapters of one working type go together."""
+    results: dict[int, tuple[LoraAdapter, Report] | CsuloraError] = {}
+    groups: dict[torch.dtype, list[tuple[int, _Form, list[_Task]]]] = {}
+    for i, adapter in enumerate(adapters):
+        try:
+            form, tasks = _Form.of(adapter, correction, dtype, portable), _tasks(adapter, subspace)
+            widest = max((task.module.rank for task in tasks), default=0)
+            if widest > packed.MAX_RANK or not tasks:
+                done, report = correct(
+                    adapter, subspace, correction, dtype=dtype, portable=portable, backend="torch",
+                    device=str(device),
+                )  # fmt: skip
+                note = [f"rank {widest} is above {packed.MAX_RANK}: corrected by torch, not Triton"]
+                results[i] = done, replace(report, warnings=report.warnings + note * bool(tasks))
+                continue
+        except CsuloraError as error:
+            results[i] = error
+            continue
+        groups.setdefault(form.working_type(), []).append((i, form, tasks))
+    for work, members in groups.items():
+        batch = [[task.update(subspace) for task in tasks] for _, _, tasks in members]
+        found = packed.correct_updates(batch, subspace, correction, work, device)
+        for (i, form, tasks), one in zip(members, found, strict=True):
+            if isinstance(one, CsuloraError):
+                results[i] = one
+                continue
+            try:
+                results[i] = _finish(form, tasks, one, subspace)
+            except CsuloraError as error:
+                results[i] = error
+    return [results[i] for i in range(len(adapters))]
+
+
+def _finish(
+    form: _Form, tasks: list[_Task], found: list[packed.Corrected], subspace: SafetySubspace
+) -> tuple[LoraAdapter, Report]:
+    """The adapter and report that `correct` returns, from the factors that the kernels wrote."""
+    memory = allocate({task.name: form.place(task) for task in tasks})
+    modules: dict[str, LoraModule] = {}
+    reports: dict[str, ModuleReport] = {}
+    for task, one in zip(tasks, found, strict=True):
+        modules[task.name] = _new_module(task, one.B, one.A, form, memory[task.name])
+        reports |= _group_reports([task], one.cores, form)
+    source, portable = form.source, form.portable_rank is not None
+    return form.adapter(modules), _report(
+        source, reports, origins(source, subspace, form.correction, form.dtype, portable)
+    )
+
+
 class _Task(NamedTuple):
     name: str
+    target: str  # its name in the subspace
     module: LoraModule
     U: Tensor  # (d_out, k)
     V: Tensor  # (d_in, k)
+
+    def update(self, subspace: SafetySubspace) -> packed.Update:
+        transposed = self.U is not subspace.modules[self.target].U
+        return packed.Update(self.name, self.target, transposed, self.module.B, self.module.A)
 
 
 class _Form(NamedTuple):
@@ -191,6 +292,15 @@ class _Form(NamedTuple):
             A_dtype=self.dtype or module.A.dtype,
         )
 
+    def working_type(self) -> torch.dtype:
+        """Of the factors that kernels read and write: bfloat16 only where nothing is done to it later.
+
+        float16 goes through float32, as its few exponents have to be evened out before rounding.
+        """
+        found = {X.dtype for m in self.source.modules.values() for X in (m.B, m.A)}
+        plain = self.portable_rank is None and self.dtype in (None, torch.bfloat16)
+        return torch.bfloat16 if plain and found == {torch.bfloat16} else torch.float32
+
     def adapter(self, modules: dict[str, LoraModule]) -> LoraAdapter:
         config = self.source.config
         if self.portable_rank is not None:
@@ -203,7 +313,7 @@ def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
     matches = match_modules(adapter.modules, subspace.modules.keys(), where)
     flipped = bool(adapter.config.get("fan_in_fan_out"))
     return [
-        _Task(name, module, *_bases(name, module, matches[name], subspace, flipped))
+        _Task(name, matches[name], module, *_bases(name, module, matches[name], subspace, flipped))
         for name, module in adapter.modules.items()
     ]
 
@@ -286,20 +396,28 @@ def _recompose(
     memory: tuple[Tensor, Tensor],
 ) -> LoraModule:
     """The module's new factors, in the memory and type kept for them."""
-    module, device = task.module, pair[0].device
-    B, A, alpha = *pair, module.alpha
+    (B, A), device = pair, pair[0].device
     if form.correction.is_identity:
-        B, A = module.B, module.A
-    else:
-        there = form.portable_rank is None and all(
-            X.dtype == torch.float32 and X.device == device for X in memory
-        )
-        B, A = reference.recompose(
-            B, A, task.U.to(device), task.V.to(device), projection, cores, memory if there else None
-        )
+        return _new_module(task, None, None, form, memory)
+    there = form.portable_rank is None and all(
+        X.dtype == torch.float32 and X.device == device for X in memory
+    )
+    B, A = reference.recompose(
+        B, A, task.U.to(device), task.V.to(device), projection, cores, memory if there else None
+    )
+    return _new_module(task, B, A, form, memory)
+
+
+def _new_module(
+    task: _Task, B: Tensor | None, A: Tensor | None, form: _Form, memory: tuple[Tensor, Tensor]
+) -> LoraModule:
+    """A module of the result from its factors (None: the old ones), in the memory kept for them."""
+    module = task.module
+    new = module
+    if B is not None and A is not None:
         flag = bool(form.source.config.get("use_rslora"))
-        alpha = alpha_for_rank(alpha, module.rank, A.shape[0], flag)
-    new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
+        alpha = alpha_for_rank(module.alpha, module.rank, A.shape[0], flag)
+        new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
     if form.portable_rank is not None:
         new = new.portable(form.portable_rank)
     B, A = new.B, new.A

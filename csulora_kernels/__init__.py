@@ -12,6 +12,7 @@ from csulora_kernels.api import (
     project,
     recompose,
     solve,
+    unavailable,
     workspace,
 )
 from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
@@ -35,5 +36,6 @@ __all__ = [
     "project",
     "recompose",
     "solve",
+    "unavailable",
     "workspace",
 ]

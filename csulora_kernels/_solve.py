@@ -25,6 +25,7 @@ from csulora_kernels._smallmat import (
     tile,
     tile_count,
 )
+from csulora_kernels.tiles import SOLVE_MATRICES
 
 # Noise of a float32 Gram matrix relative to its diagonal, and of the float64 ones formed here.
 NOISE_SINGLE = tl.constexpr(2.0**-21)
@@ -45,7 +46,7 @@ RESULT = tl.constexpr(10)  # cores of the written form, where it is not the exac
 WORK = tl.constexpr(14)  # four
 FIT = tl.constexpr(18)  # seven
 IDENTITY = tl.constexpr(25)
-SCRATCH_MATRICES = 26
+MATRICES = tl.constexpr(SOLVE_MATRICES)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def solve_kernel(
     p_after,  # (N, M, 4)
     p_change,  # (N, M)
     p_error,  # (N, M)
-    p_scratch,  # (programs, SCRATCH_MATRICES, R, R) float64
+    p_scratch,  # (programs, MATRICES, R, R) float64
     n_entries,
     lambda_aligned,
     lambda_left,
@@ -78,7 +79,7 @@ def solve_kernel(
     SAME: tl.constexpr,
 ):
     RR: tl.constexpr = R * R
-    p_s = p_scratch + tl.program_id(0).to(tl.int64) * (26 * RR)
+    p_s = p_scratch + tl.program_id(0).to(tl.int64) * (MATRICES * RR)
     scaled_identity(p_s, IDENTITY, 1.0, R, T)
     first = tl.program_id(0)
     for step in range(0, n_entries - first, tl.num_programs(0)):
@@ -281,7 +282,7 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         error = constant - inner(p_s, S, 0, K_A, 0, R, T, False)
         error += inner(p_s, t, KtG, rhs, GKt, R, T, True)
         error = tl.maximum(error, 0.0)
-        improving = tl.where(previous - error <= error * FIT_STALL, 0, 1)
+        improving = tl.where(previous - error > error * FIT_STALL, 1, 0)  # NaN stops too
         previous = error
         step += 1
     copy(p_s, RESULT + 3 * p, C, R, T)

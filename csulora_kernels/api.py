@@ -20,7 +20,7 @@ from torch import Tensor
 
 from csulora_kernels import plan
 from csulora_kernels.layout import Basis, Table, empty_like
-from csulora_kernels.tiles import MAX_RANK, Tiles, choose
+from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose
 
 
 class Projection(NamedTuple):
@@ -74,8 +74,14 @@ class Workspace:
 
 
 def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = None) -> Workspace:
-    """All memory that `correct` needs for tables of this layout besides `out`; ranks to 128."""
+    """All memory that `correct` needs for tables of this layout besides `out`.
+
+    Raises ValueError for a rank above 128 and RuntimeError where the kernels cannot run.
+    """
     _check(table, basis)
+    reason = unavailable(table.data.device)
+    if reason is not None:
+        raise RuntimeError(reason)
     same = _checked_rank(penalties)
     device = table.data.device
     N, M = len(table.slots), len(table.shapes)
@@ -124,7 +130,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
             BLOCK_D=tiles.project.block_d,
             VEC_R=table.vec_r,
             VEC_D=table.vec_d,
-            EMULATE=_interpreted(project_kernel, table.data),
+            EMULATE=_interpreted(project_kernel),
             num_warps=tiles.project.warps,
             num_stages=tiles.project.stages,
         )
@@ -154,7 +160,6 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
     n_entries = c.energy.numel()
     if n_entries == 0:
         return c
-    _interpreted(solve_kernel, projection.P)
     with _on(projection.P):
         solve_kernel[(ws.scratch.shape[0],)](
             *projection,
@@ -207,7 +212,7 @@ def recompose(
     if ws.recompose_work.shape[0] == 0:
         return out
     precision = "tf32x3" if table.data.dtype == torch.float32 else "bf16x3"
-    if _interpreted(recompose_kernel, table.data):
+    if _interpreted(recompose_kernel):
         precision = "ieee"  # the interpreter knows no bf16x3
     with _on(table.data):
         recompose_kernel[(ws.recompose_work.shape[0],)](
@@ -299,8 +304,7 @@ def _core_buffers(N: int, M: int, K: int, R: int, same: bool, device: torch.devi
 
 
 def _scratch(programs: int, R: int, device: torch.device) -> Tensor:
-    matrices = 26  # csulora_kernels._solve.SCRATCH_MATRICES, which this file must not import
-    return torch.empty(programs, matrices, R, R, dtype=torch.float64, device=device)
+    return torch.empty(programs, SOLVE_MATRICES, R, R, dtype=torch.float64, device=device)
 
 
 @cache
@@ -312,15 +316,24 @@ def _hardware(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def _interpreted(kernel: Any, data: Tensor) -> bool:
-    """Whether the kernel runs in the interpreter; raises where it could run nowhere."""
-    interpreted = not hasattr(kernel, "warmup") or type(kernel).__name__ == "InterpretedFunction"
-    if data.device.type != "cuda" and not interpreted:
-        raise RuntimeError(
-            f"tensors are on {data.device}: the Triton kernels need a CUDA device, or "
-            "TRITON_INTERPRET=1 in the environment before csulora_kernels runs, for tests"
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on that device, or None where they can."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from csulora_kernels._solve import solve_kernel
+    except ImportError:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not isinstance(solve_kernel, InterpretedFunction):
+        return (
+            f"Triton needs a CUDA device, not {device}; on the CPU it runs under its interpreter, "
+            "with TRITON_INTERPRET=1 in the environment, for tests"
         )
-    return interpreted
+    return None
+
+
+def _interpreted(kernel: Any) -> bool:
+    return type(kernel).__name__ == "InterpretedFunction"
 
 
 def _on(data: Tensor) -> contextlib.AbstractContextManager[Any]:

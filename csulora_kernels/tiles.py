@@ -15,6 +15,7 @@ from csulora_kernels.layout import Shape
 
 DIRECTIONS = 64  # K is a multiple of it
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
+SOLVE_MATRICES = 26  # R x R float64 scratch matrices of one program of solve
 
 
 @dataclass(frozen=True)

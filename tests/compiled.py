@@ -2,8 +2,8 @@
 
     python tests/compiled.py < configurations.json > facts.json
 
-A configuration is {kernel, arch, dtype, and the kernel's constants by name, warps, stages, registers}. Compiling
-needs Triton without its interpreter, so the tests call this in a process of its own.
+A configuration is {kernel, arch, dtype, warps, stages, registers and the kernel's constants by name}.
+Compiling needs Triton without its interpreter, so the tests call this in a process of its own.
 """
 
 from __future__ import annotations

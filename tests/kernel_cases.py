@@ -60,10 +60,12 @@ CASES = {
     "rank 40": Case(((150, 120, 100), (90, 100, 7)), (40, 3), torch.float32),
     "rank 64": Case(((96, 100, 7),), (64,), F16, (1, 2, 3, 4), "component"),
     "rank 128": Case(((140, 136, 64),), (128,), B16),
-    "same": Case(((40, 36, 7), (33, 50, 1)), (3, 8), rank="same", again=True),
+    "same": Case(((40, 36, 7), (33, 50, 1)), (3,), rank="same"),
     "same, off pinned": Case(((40, 36, 7),), (3, 1), F16, (50, 5, 5, 0), rank="same"),
     "same, component": Case(((70, 66, 64),), (16,), B16, (0, 10, 10, 10), "component", "same"),
-    "same, kept": Case(((30, 20, 5),), (8,), torch.float32, (0, 0, 0, 0), rank="same"),
+    "same, kept": Case(
+        ((30, 20, 5),), (8, 2), torch.float32, (0, 0, 0, 0), rank="same", again=True
+    ),
     "same, deficient": Case(((40, 30, 5),), (6, 2), rank="same", deficient=True),
     "same, rank above a side": Case(
         ((29, 5, 4), (12, 2, 0)), (12,), torch.float32, (0, 0, 0, 0), rank="same"
@@ -268,15 +270,22 @@ class One:
 
     def update(self, own: reference.Projection, cores: reference.Cores) -> Tensor:
         """The update that cores and coordinates mean, in float64."""
-        B, A, U, V = (X.double() for X in (self.B, self.A, self.U, self.V))
-        left, right = reference.recompose(B, A, U, V, double(own), double(cores))
+        left, right = self.factors(own, cores)
         return left @ right
+
+    def factors(self, own: reference.Projection, cores: reference.Cores) -> tuple[Tensor, Tensor]:
+        """B' and A' as `reference.Cores` defines them, in float64."""
+        B_in, A_in = self.U.double() @ own.P.double(), own.Q.double() @ self.V.double().mT
+        B_out, A_out = self.B.double() - B_in, self.A.double() - A_in
+        A_new = cores.Y_in.double() @ A_in + cores.Y_out.double() @ A_out
+        if cores.X_in is None:
+            return torch.cat([B_in, B_out], dim=-1), A_new
+        return B_in @ cores.X_in.double() + B_out @ cores.X_out.double(), A_new
 
     def check_recompose(
         self, own: reference.Projection, solved: reference.Cores, left: Tensor, right: Tensor
     ) -> float:
-        B, A, U, V = (X.double() for X in (self.B, self.A, self.U, self.V))
-        wanted = reference.recompose(B, A, U, V, double(own), double(solved))
+        wanted = self.factors(own, solved)
         return max(distance(X, Y) for X, Y in zip((left, right), wanted, strict=True))
 
     def check_chain(self, solved: reference.Cores, found: Tensor) -> float:
@@ -289,12 +298,11 @@ class One:
         E = dW.square().sum()
         after = oracle.energies(found, self.U, self.V) / E
         tolerance = TOLERANCES[case.dtype]
-        torch.testing.assert_close(solved.after, after, rtol=0, atol=tolerance, msg="after")
+        torch.testing.assert_close(solved.after, after, rtol=0, atol=2 * tolerance, msg="after")
         if case.rank == "same":
             assert abs(error - float(solved.rank_error)) <= tolerance, (error, solved.rank_error)
             pinned = 0 if case.strengths[0] <= case.strengths[3] else 3
-            blocks = zip(oracle.blocks(found, self.U, self.V), oracle.blocks(wanted, self.U, self.V))
-            X, Y = list(blocks)[pinned]
+            X, Y = (oracle.blocks(Z, self.U, self.V)[pinned] for Z in (found, wanted))
             return float((X - Y).norm() / wanted.norm().clamp_min(1e-300))
         if case.dtype != B16 or self.B.is_cuda:  # the interpreter cuts bfloat16 off unrounded
             limit = 2 * self.reference_error(wanted) + 5e-7
@@ -309,10 +317,6 @@ class One:
         pair = reference.recompose(B, A, self.U, self.V, own, cores)
         left, right = (X.to(self.case.dtype).double() for X in pair)
         return distance(left @ right, wanted)
-
-
-def double(parts):
-    return type(parts)(*(None if X is None else X.double() for X in parts))
 
 
 def close(X: Tensor, Y: Tensor) -> bool:
