@@ -15,6 +15,7 @@ from csulora_kernels.api import (
     unavailable,
     workspace,
 )
+from csulora_kernels.displacement import displacement_product
 from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
 from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
@@ -30,6 +31,7 @@ __all__ = [
     "Workspace",
     "choose",
     "correct",
+    "displacement_product",
     "empty_like",
     "pack",
     "pack_basis",

@@ -86,7 +86,7 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
     device = table.data.device
     N, M = len(table.slots), len(table.shapes)
     if tiles is None:
-        capability, processors = _hardware(device)
+        capability, processors = hardware(device)
         tiles = choose(table.shapes, N, table.max_rank, table.data.dtype, capability, processors)
     if tiles.R > MAX_RANK:
         raise ValueError(f"rank {table.max_rank}: a workspace is for ranks up to {MAX_RANK}")
@@ -113,7 +113,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     N, M = len(table.slots), len(table.shapes)
     if ws.project_work.shape[0] == 0:
         return result
-    with _on(table.data):
+    with on_device(table.data):
         project_kernel[(ws.project_work.shape[0],)](
             table.data,
             basis.data,
@@ -160,7 +160,7 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
     n_entries = c.energy.numel()
     if n_entries == 0:
         return c
-    with _on(projection.P):
+    with on_device(projection.P):
         solve_kernel[(ws.scratch.shape[0],)](
             *projection,
             c.X_in if c.X_in is not None else c.Y_in,
@@ -214,7 +214,7 @@ def recompose(
     precision = "tf32x3" if table.data.dtype == torch.float32 else "bf16x3"
     if _interpreted(recompose_kernel):
         precision = "ieee"  # the interpreter knows no bf16x3
-    with _on(table.data):
+    with on_device(table.data):
         recompose_kernel[(ws.recompose_work.shape[0],)](
             table.data,
             out.data,
@@ -308,7 +308,7 @@ def _scratch(programs: int, R: int, device: torch.device) -> Tensor:
 
 
 @cache
-def _hardware(device: torch.device) -> tuple[int, int]:
+def hardware(device: torch.device) -> tuple[int, int]:
     """(compute capability as 80, 90, ..., number of processors); the interpreter counts as one."""
     if device.type != "cuda":
         return 80, 1
@@ -336,7 +336,8 @@ def _interpreted(kernel: Any) -> bool:
     return type(kernel).__name__ == "InterpretedFunction"
 
 
-def _on(data: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(data: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(data.device) if data.is_cuda else contextlib.nullcontext()
 
 

@@ -125,12 +125,15 @@ adapters = {
     "nan": nan, "zero": zero, "turned": lora("ab", flip=True, fan_in_fan_out=True),
     "wide": lora("a", 130), "elsewhere": replace(lora("a"), modules={"x": lora("a").modules["model.a"]}),
 }
-for settings in (
-    Correction(), Correction(rank="same", lambda_left=100), Correction(0, 0, 0, 0), Correction(1, 2, 3, float("inf")),
+few = {name: adapters[name] for name in ("bfloat16", "float16", "tiny both", "nan")}
+for settings, some in (
+    (Correction(1, 2, 3, float("inf")), adapters),
+    (Correction(rank="same", lambda_left=100, granularity="component"), few),
+    (Correction(0, 0, 0, 0), few),
 ):
-    found = correct_batch(list(adapters.values()), subspace, settings, backend="triton", device="cpu")
-    again = correct_batch(list(adapters.values()), subspace, settings, backend="torch", device="cpu")
-    for (name, adapter), one, two in zip(adapters.items(), found, again, strict=True):
+    found = correct_batch(list(some.values()), subspace, settings, backend="triton", device="cpu")
+    again = correct_batch(list(some.values()), subspace, settings, backend="torch", device="cpu")
+    for (name, adapter), one, two in zip(some.items(), found, again, strict=True):
         if isinstance(two, CsuloraError):
             assert type(one) is type(two) and str(one) == str(two), (name, one, two)
             assert name in ("nan", "elsewhere", "huge"), name
@@ -153,9 +156,10 @@ for settings in (
             limit = 2e-5 if torch.float32 == module.A.dtype == module.B.dtype else 2e-2
             if settings.rank == "same":
                 limit += 2e-3  # two fits that stop when a step gains little
-            assert float((X - Y).norm()) <= limit * float(Y.norm()), (name, key, float((X - Y).norm() / Y.norm()))
+            assert float((X - Y).norm()) <= limit * float(Y.norm()), (name, key)
             a, b = report.modules[key], expected.modules[key]
-            assert (a.rank_in, a.rank_out, a.subspace_rank) == (b.rank_in, b.rank_out, b.subspace_rank)
+            for field in ("rank_in", "rank_out", "subspace_rank"):
+                assert getattr(a, field) == getattr(b, field), (name, field)
             for field in ("energy_before", "energy_after", "relative_change", "rank_error"):
                 x, y = getattr(a, field), getattr(b, field)
                 assert abs(x - y) <= 2e-3 * abs(y) + 1e-5 * (field[0] == "r"), (name, field, x, y)

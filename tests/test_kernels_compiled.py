@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from csulora_kernels import displacement
 from csulora_kernels.layout import Shape
 from csulora_kernels.tiles import choose
 
@@ -72,6 +73,24 @@ def configurations(arch, dtype, r, k, adapters):
             }
 
 
+def displacements(arch, dtype):
+    vector = 4 if dtype == "float32" else 8
+    for transposed, width in itertools.product((False, True), (16, 32, 64)):
+        yield {
+            "kernel": "displacement",
+            "arch": arch,
+            "dtype": dtype,
+            "BLOCK_I": displacement.BLOCK_I,
+            "BLOCK_L": displacement.BLOCK_L,
+            "BLOCK_C": width,
+            "VEC_N": vector,
+            "VEC_C": 4,
+            "TRANSPOSED": transposed,
+            "warps": 4,
+            "stages": 1,
+        }
+
+
 def unique(chosen):
     return list({json.dumps(c, sort_keys=True): c for c in chosen}.values())
 
@@ -82,6 +101,7 @@ def representative():
         *itertools.product((80, 90), ("bfloat16",), (64, 128), (100,), (1,)),
     ]
     chosen = unique(c for case in cases for c in configurations(*case))
+    chosen += [c for c in displacements(90, "bfloat16") if c["BLOCK_C"] == 32]
     # The two granularities differ in a few instructions; the full set has both.
     return [c for c in chosen if not c.get("COMPONENT")]
 
@@ -90,6 +110,7 @@ def everything():
     cases = itertools.product((80, 90, 100), TYPES, RANKS, (64, 256), (1, 64))
     done = {json.dumps(c, sort_keys=True) for c in representative()}
     chosen = unique(c for case in cases for c in configurations(*case))
+    chosen += [c for pair in itertools.product((80, 90, 100), TYPES) for c in displacements(*pair)]
     return [c for c in chosen if json.dumps(c, sort_keys=True) not in done]
 
 
@@ -124,13 +145,13 @@ def complaints(c, found):
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
-    if name in ("project", "recompose"):
+    if name in ("project", "recompose", "displacement"):
         vectors = sum(n for load, n in found["loads"].items() if load.endswith(".128"))
         # Asynchronous copies bring tiles. Narrow ones may bring an R x R core, which has less than
         # 16 bytes a thread; all others come in whole vectors.
         narrow = {load: n for load, n in found["loads"].items() if "LDGSTS" in load}
         narrow = {load: n for load, n in narrow.items() if not load.endswith(".128")}
-        if not vectors or (narrow and (c["R"] > 16 or set(narrow) != {"LDGSTS.E.64"})):
+        if not vectors or (narrow and (c.get("R", 64) > 16 or set(narrow) != {"LDGSTS.E.64"})):
             yield f"global loads below 16 bytes: {found['loads']}"
         if c["arch"] < 100 and not any("MMA" in op for op in found["tensor_core"]):
             yield f"no tensor-core instructions: {found['tensor_core']}"
@@ -157,7 +178,9 @@ def print_table(chosen, facts):
     print()
     for c, f in zip(chosen, facts, strict=True):
         constants = " ".join(
-            f"{k}={c[k]}" for k in ("R", "K", "GROUP", "SAME", "COMPONENT") if k in c
+            f"{k}={c[k]}"
+            for k in ("R", "K", "GROUP", "SAME", "COMPONENT", "BLOCK_C", "TRANSPOSED")
+            if k in c
         )
         print(
             f"sm_{c['arch']} {c['kernel']:10} {c['dtype']:8} {constants:40} registers {f['registers']:3} "
