@@ -18,6 +18,13 @@ LLAMA_3_1_8B = {
     "mlp.down_proj": (4096, 14336),
 }
 LLAMA_3_1_8B_LAYERS = 32
+LLAMA_2_7B = {
+    **{f"self_attn.{kind}_proj": (4096, 4096) for kind in "qkvo"},
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+LLAMA_2_7B_LAYERS = 32
 
 
 def basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:

@@ -97,6 +97,8 @@ class Table:
     max_rank: int
     vec_r: int  # elements, at most 16 bytes of them, that every rank is a multiple of
     vec_d: int  # the same of every d_out and d_in
+    key: int  # hash of all ranks
+    made_for: tuple[int, int] | None = None  # key and factor of empty_like
 
     def B(self, i: int, m: int) -> Tensor:
         """(d_out, r) of adapter i and module m, a view."""
@@ -195,7 +197,8 @@ def empty_like(table: Table, factor: int) -> Table:
             o_A, end = end, _aligned(end + r * shape.d_in, table.data.dtype)
             placed.append(Slot(r, o_B, o_A))
         slots.append(tuple(placed))
-    return _table(table.shapes, slots, table.data.new_empty(end))
+    made = _table(table.shapes, slots, table.data.new_empty(end))
+    return replace(made, made_for=(table.key, factor))
 
 
 def power_of_two_divisor(sizes: Sequence[int], limit: int) -> int:
@@ -225,6 +228,7 @@ def _table(shapes: tuple[Shape, ...], slots: Sequence[tuple[Slot, ...]], data: T
         max(ranks, default=0),
         power_of_two_divisor(ranks, limit),
         power_of_two_divisor([d for s in shapes for d in (s.d_out, s.d_in)], limit),
+        hash(tuple(ranks)),
     )
 
 
