@@ -54,7 +54,7 @@ CASES = {
     "odd": Case(((37, 53, 7), (65, 31, 1)), (3, 5, 3, 7, 1), B16, (10, 0, 10, 0)),
     "removed": Case(RAGGED[:2], (8, 3), F16, (0, INF, INF, INF), again=True),
     "kept": Case(RAGGED[:2], (8,), torch.float32, (0, 0, 0, 0)),
-    "strong": Case(((96, 80, 16),), (8, 16), torch.float32, (0, 1e4, 1e4, 1e4)),
+    "strong": Case(((96, 80, 16),), (8, 16), torch.float32, (0, 1e4, 1e2, 1e3)),
     "splits": Case(((1100, 600, 7), (40, 530, 3)), (3, 8), F16, processors=64),
     "many directions": Case(((280, 264, 256), (120, 110, 100)), (8, 1), F16),
     "rank 40": Case(((150, 120, 100), (90, 100, 7)), (40, 3), torch.float32),
@@ -258,7 +258,7 @@ class One:
         wanted = reference.solve(own, self.case.correction)
         for name in ("energy", "before", "after", "relative_change"):
             torch.testing.assert_close(
-                getattr(solved, name), getattr(wanted, name), rtol=2e-3, atol=2e-5, msg=name
+                getattr(solved, name), getattr(wanted, name), rtol=2e-3, atol=2e-5
             )
         if self.case.rank == "same":
             # The fit stops when a step gains little: the two may stop at different steps.
@@ -298,7 +298,9 @@ class One:
         E = dW.square().sum()
         after = oracle.energies(found, self.U, self.V) / E
         tolerance = TOLERANCES[case.dtype]
-        torch.testing.assert_close(solved.after, after, rtol=0, atol=2 * tolerance, msg="after")
+        torch.testing.assert_close(
+            solved.after, after, rtol=0, atol=2 * tolerance, msg=lambda text: f"after: {text}"
+        )
         if case.rank == "same":
             assert abs(error - float(solved.rank_error)) <= tolerance, (error, solved.rank_error)
             pinned = 0 if case.strengths[0] <= case.strengths[3] else 3
