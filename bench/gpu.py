@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import triton
-from roofline import MODELS, Workload, stage_bytes
+from roofline import Workload, stage_bytes
+from shapes import MODELS
 from torch import Tensor
 
 import csulora_kernels as kernels
@@ -280,10 +281,10 @@ def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
         return [("toy", 2, 3, "exact", kind) for kind in ("stages", "eager")] + [
             ("toy", 2, 3, "same", "stages")
         ]
-    first = [("Llama-3.1-8B", N, 16, rank) for N in (64, 1, 8) for rank in ("exact", "same")]
+    first = [("llama-3.1-8b", N, 16, rank) for N in (64, 1, 8) for rank in ("exact", "same")]
     rest = [
         (model, N, r, rank)
-        for model in ("Llama-3.1-8B", "Llama-2-7B")
+        for model in ("llama-3.1-8b", "llama-2-7b")
         for r in (16, 8, 64)
         for N in (1, 8, 64)
         for rank in ("exact", "same")
@@ -293,9 +294,9 @@ def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
         (model, N, 16, rank, kind)
         for kind in ("eager", "compiled")
         for model, N, rank in (
-            ("Llama-3.1-8B", 64, "exact"),
-            ("Llama-3.1-8B", 1, "exact"),
-            ("Llama-3.1-8B", 1, "same"),
+            ("llama-3.1-8b", 64, "exact"),
+            ("llama-3.1-8b", 1, "exact"),
+            ("llama-3.1-8b", 1, "same"),
         )
     ]
     return (

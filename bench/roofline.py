@@ -11,15 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from shapes import LLAMA_2_7B, LLAMA_2_7B_LAYERS, LLAMA_3_1_8B, LLAMA_3_1_8B_LAYERS
+from shapes import MODELS
 
 from csulora_kernels import Tiles, choose
 from csulora_kernels.layout import Shape
-
-MODELS = {
-    "Llama-3.1-8B": (LLAMA_3_1_8B, LLAMA_3_1_8B_LAYERS),
-    "Llama-2-7B": (LLAMA_2_7B, LLAMA_2_7B_LAYERS),
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ def table() -> list[str]:
         (1, 16, "same"),
         (64, 16, "same"),
     ):
-        work = Workload.of("Llama-3.1-8B", adapters, r, rank)
+        work = Workload.of("llama-3.1-8b", adapters, r, rank)
         counted = stage_bytes(work, work.tiles())
         total = sum(counted.values())
         project = counted["project"] + counted.get("add partial sums", 0)
@@ -132,7 +127,7 @@ def table() -> list[str]:
 def flops_table() -> list[str]:
     lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
     for adapters, r, rank in ((1, 16, "exact"), (64, 16, "exact"), (64, 16, "same")):
-        work = Workload.of("Llama-3.1-8B", adapters, r, rank)
+        work = Workload.of("llama-3.1-8b", adapters, r, rank)
         counted = stage_flops(work, work.tiles())
         cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))
         lines.append(f"| {adapters}, {r}, {rank} | {cells} |")

@@ -24,7 +24,24 @@ LLAMA_2_7B = {
     "mlp.up_proj": (11008, 4096),
     "mlp.down_proj": (4096, 11008),
 }
-LLAMA_2_7B_LAYERS = 32
+LLAMA_3_2_1B = {
+    "self_attn.q_proj": (2048, 2048),
+    "self_attn.k_proj": (512, 2048),
+    "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 2048),
+    "mlp.gate_proj": (8192, 2048),
+    "mlp.up_proj": (8192, 2048),
+    "mlp.down_proj": (2048, 8192),
+}
+# Small enough that a thousand adapters are a few hundred megabytes.
+TINY = {"self_attn.q_proj": (256, 256), "self_attn.v_proj": (128, 256)}
+# By name: the linear modules of one layer, and the number of layers.
+MODELS = {
+    "llama-3.1-8b": (LLAMA_3_1_8B, LLAMA_3_1_8B_LAYERS),
+    "llama-2-7b": (LLAMA_2_7B, 32),
+    "llama-3.2-1b": (LLAMA_3_2_1B, 16),
+    "tiny": (TINY, 4),
+}
 
 
 def basis(d: int, k: int, generator: torch.Generator) -> torch.Tensor:

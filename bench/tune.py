@@ -88,7 +88,7 @@ def main() -> None:
             if arguments.dry:
                 tune(Workload.of("toy", 2, r, rank), device, no_clock, 2)
             else:
-                work = Workload.of("Llama-3.1-8B", arguments.adapters, r, rank)
+                work = Workload.of("llama-3.1-8b", arguments.adapters, r, rank)
                 tune(work, device, cuda_clock, None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from csulora import peft_config
-from csulora.errors import CsuloraError
+from csulora.buffers import read_safetensors
+from csulora.errors import CsuloraError, DiskFullError
 from csulora.files import (
     copy_file,
     inside,
     json_bytes,
-    open_safetensors,
-    read_tensor,
+    json_rows,
+    read_bytes,
     resolve_source,
     sha256_file,
     whole_folder,
@@ -85,10 +88,17 @@ class LoraAdapter:
     source: Source | None = None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, pass_through: bool = False) -> LoraAdapter:
-        """Read a PEFT adapter folder (or hub id); tensors stay memory-mapped until they are used.
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        pass_through: bool = False,
+        pin_memory: bool = False,
+    ) -> LoraAdapter:
+        """Read a PEFT adapter folder (or hub id); each file is read once, tensors are views of it.
 
         pass_through: keep tensors that are not a LoRA update on a linear weight instead of refusing.
+        pin_memory: read into page-locked memory, for a correction on a GPU.
 
         Raises CsuloraError, naming file and tensor, for anything malformed: missing files, a pickle,
         another PEFT method, unpaired or ill-shaped factors, ranks that contradict the configuration,
@@ -97,10 +107,11 @@ class LoraAdapter:
         path = resolve_source(folder, HUB_PATTERNS)
         if not path.is_dir():
             raise CsuloraError(f"{path}: expected an adapter folder, found a file")
-        inside(path, peft_config.FILE, path)
-        config = peft_config.load_config(path)
+        config_file = inside(path, peft_config.FILE, path)
+        config_data = read_bytes(config_file)
+        config = peft_config.parse_config(config_file, config_data)
         weights = _weights_file(path)
-        tensors = _read_all(weights)
+        tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
         linear, extra, extra_modules = _sort_out(tensors, config)
         if extra and not pass_through:
             raise CsuloraError(
@@ -117,8 +128,8 @@ class LoraAdapter:
             source=Source(
                 folder=path,
                 name=_folder_name(folder),
-                sha256=sha256_file(weights),
-                config_sha256=sha256_file(path / peft_config.FILE),
+                sha256=digest,
+                config_sha256=hashlib.sha256(config_data).hexdigest(),
             ),
         )
 
@@ -155,10 +166,11 @@ class LoraAdapter:
                 write_safetensors(temporary / WEIGHTS, tensors, {"format": "pt"})
                 write_bytes(temporary / peft_config.FILE, json_bytes(self._written_config()))
                 if report is not None:
-                    write_bytes(temporary / REPORT, json_bytes({**report, "left_out": left_out}))
+                    write_bytes(temporary / REPORT, json_rows({**report, "left_out": left_out}))
         except OSError as error:
             place = error.filename or target
-            raise CsuloraError(
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (DiskFullError if full else CsuloraError)(
                 f"{target}: cannot be written ({place}: {error.strerror or error})"
             ) from None
         return left_out
@@ -169,6 +181,16 @@ class LoraAdapter:
         for name in self.extra_modules:
             alphas[name] = peft_config.module_alpha(self.config, name)
         return peft_config.corrected_config(self.config, ranks, alphas)
+
+
+def identify(folder: str | os.PathLike[str]) -> Source:
+    """The digests of an adapter folder (or hub id) without loading it.
+
+    Raises CsuloraError where the folder or one of its two files is missing.
+    """
+    path = resolve_source(folder, HUB_PATTERNS)
+    config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
+    return Source(path, _folder_name(folder), sha256_file(weights), sha256_file(config))
 
 
 def _folder_name(folder: str | os.PathLike[str]) -> str:
@@ -185,20 +207,6 @@ def _weights_file(folder: Path) -> Path:
             "save it with safe_serialization=True"
         )
     raise CsuloraError(f"{weights}: no such file")
-
-
-def _read_all(path: Path) -> dict[str, Tensor]:
-    with open_safetensors(path) as handle:
-        tensors = {name: read_tensor(handle, path, name) for name in sorted(handle.keys())}
-    if not tensors:
-        raise CsuloraError(f"{path}: holds no tensors")
-    for name, tensor in tensors.items():
-        # A sum is one cheap pass; only a suspicious one is worth looking at entry by entry.
-        if tensor.is_floating_point() and not bool(
-            torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor.float()).all()
-        ):
-            raise CsuloraError(f"{path}: tensor {name} holds NaN or Inf")
-    return tensors
 
 
 def _sort_out(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csulora import packed, reference
+from csulora import careful, packed, reference
 from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
 from csulora.backend import pick_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
@@ -29,6 +29,9 @@ from csulora.subspace import ModuleSubspace, SafetySubspace
 
 # Far enough above the smallest float32 that a sum of squares keeps its digits.
 SMALLEST_SQUARE = 1e-30
+# Amplifications up to which float32 arithmetic keeps to 1e-5 and a half type to 2 of its ulp.
+COMPUTING_LIMIT = 4.0
+STORING_LIMIT = 3.0
 
 
 def correct(
@@ -69,13 +72,19 @@ def correct(
     reports: dict[str, ModuleReport] = {}
     for group in _groups(tasks):
         factors = [_single(task, place) for task in group]
-        projection = _project_group(group, factors, place)
-        cores = reference.solve(projection, correction)
+        projection, held = _project_group(group, factors)
+        cores, amplification = reference.solve_with_amplification(projection, correction)
+        spoiled = _solve_carefully(group, cores, form.needs_care(group, held, amplification), form)
         reports |= _group_reports(group, cores, form)
         # The last first: its basis is the one that is still in the cache.
-        parts = list(zip(group, factors, projection.unbind(), cores.unbind(), strict=True))
-        for task, pair, coordinates, core in reversed(parts):
-            modules[task.name] = _recompose(task, pair, coordinates, core, form, memory[task.name])
+        rows = list(zip(group, factors, projection.unbind(), cores.unbind(), strict=True))
+        for task, pair, coordinates, core in reversed(rows):
+            into = memory[task.name]
+            if task.name in spoiled and not correction.is_identity:
+                B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
+            else:
+                B, A = _recompose(task, pair, coordinates, core, form, into)
+            modules[task.name] = _finish(task, B, A, form, into)
     return form.adapter({name: modules[name] for name in adapter.modules}), _report(
         adapter,
         {name: reports[name] for name in adapter.modules},
@@ -145,14 +154,16 @@ def sweep(
     place = pick_device(device)
     groups = list(_groups(_tasks(adapter, subspace)))
     projections = [
-        _project_group(group, [_single(task, place) for task in group], place) for group in groups
+        _project_group(group, [_single(task, place) for task in group]) for group in groups
     ]
     reports = []
     for correction in corrections:
         form = _Form.of(adapter, correction, None, False)
         found: dict[str, ModuleReport] = {}
-        for group, projection in zip(groups, projections, strict=True):
-            found |= _group_reports(group, reference.solve(projection, correction), form)
+        for group, (projection, held) in zip(groups, projections, strict=True):
+            cores, amplification = reference.solve_with_amplification(projection, correction)
+            _solve_carefully(group, cores, form.needs_care(group, held, amplification), form)
+            found |= _group_reports(group, cores, form)
         ordered = {name: found[name] for name in adapter.modules}
         reports.append(_report(adapter, ordered, origins(adapter, subspace, correction)))
     return reports
@@ -201,41 +212,48 @@ def _correct_packed(
             form, tasks = _Form.of(adapter, correction, dtype, portable), _tasks(adapter, subspace)
             widest = max((task.module.rank for task in tasks), default=0)
             if widest > packed.MAX_RANK or not tasks:
+                options: dict[str, Any] = {"dtype": dtype, "portable": portable}
                 done, report = correct(
-                    adapter, subspace, correction, dtype=dtype, portable=portable, backend="torch",
-                    device=str(device),
-                )  # fmt: skip
+                    adapter, subspace, correction, backend="torch", device=str(device), **options
+                )
                 note = [f"rank {widest} is above {packed.MAX_RANK}: corrected by torch, not Triton"]
                 results[i] = done, replace(report, warnings=report.warnings + note * bool(tasks))
-                continue
+            else:
+                groups.setdefault(form.working_type(), []).append((i, form, tasks))
         except CsuloraError as error:
             results[i] = error
-            continue
-        groups.setdefault(form.working_type(), []).append((i, form, tasks))
     for work, members in groups.items():
         batch = [[task.update(subspace) for task in tasks] for _, _, tasks in members]
         found = packed.correct_updates(batch, subspace, correction, work, device)
         for (i, form, tasks), one in zip(members, found, strict=True):
-            if isinstance(one, CsuloraError):
-                results[i] = one
-                continue
             try:
-                results[i] = _finish(form, tasks, one, subspace)
+                results[i] = (
+                    one if isinstance(one, CsuloraError) else _unpack(form, tasks, one, subspace)
+                )
             except CsuloraError as error:
                 results[i] = error
     return [results[i] for i in range(len(adapters))]
 
 
-def _finish(
-    form: _Form, tasks: list[_Task], found: list[packed.Corrected], subspace: SafetySubspace
+def _unpack(
+    form: _Form, tasks: list[_Task], found: packed.Corrected, subspace: SafetySubspace
 ) -> tuple[LoraAdapter, Report]:
     """The adapter and report that `correct` returns, from the factors that the kernels wrote."""
     memory = allocate({task.name: form.place(task) for task in tasks})
+    care = form.needs_care(tasks, found.held, found.amplification)
+    spoiled = _solve_carefully(tasks, found.cores, care, form)
     modules: dict[str, LoraModule] = {}
     reports: dict[str, ModuleReport] = {}
-    for task, one in zip(tasks, found, strict=True):
-        modules[task.name] = _new_module(task, one.B, one.A, form, memory[task.name])
-        reports |= _group_reports([task], one.cores, form)
+    for i, task in enumerate(tasks):
+        if found.factors is None:
+            B, A = task.module.B, task.module.A
+        elif task.name in spoiled:
+            B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
+        else:
+            B, A = found.factors[i]
+        modules[task.name] = _finish(task, B, A, form, memory[task.name])
+        figures = {name: getattr(found.cores, name)[i : i + 1] for name in reference.FIGURES}
+        reports |= _group_reports([task], found.cores._replace(**figures), form)
     source, portable = form.source, form.portable_rank is not None
     return form.adapter(modules), _report(
         source, reports, origins(source, subspace, form.correction, form.dtype, portable)
@@ -275,12 +293,32 @@ class _Form(NamedTuple):
             )
         return form._replace(portable_rank=max(form.rank(m) for m in source.modules.values()))
 
-    def rank(self, module: LoraModule) -> int:
-        """Rank of a module's result."""
-        if self.portable_rank is not None:
+    def rank(self, module: LoraModule, *, padded: bool = True) -> int:
+        """Rank of a module's result, before or after the portable form pads it."""
+        if self.portable_rank is not None and padded:
             return self.portable_rank
         doubled = self.correction.rank == "exact" and not self.correction.is_identity
         return 2 * module.rank if doubled else module.rank
+
+    def needs_care(
+        self, group: list[_Task], held: Tensor, amplification: reference.Amplification
+    ) -> Tensor:
+        """Which modules of a group float32 would spoil, or their type would in an unbalanced form."""
+        if self.correction.is_identity:
+            return ~held
+        types = (torch.float16, torch.bfloat16)
+        half = [self.dtype in types or task.module.B.dtype in types for task in group]
+        limit = torch.where(torch.tensor(half, device=held.device), STORING_LIMIT, COMPUTING_LIMIT)
+        return ~held | (amplification.computing > COMPUTING_LIMIT) | (amplification.storing > limit)
+
+    def working_type(self) -> torch.dtype:
+        """Of the factors that kernels read and write: bfloat16 only where nothing is done to it later.
+
+        float16 goes through float32, as its few exponents have to be evened out before rounding.
+        """
+        found = {X.dtype for m in self.source.modules.values() for X in (m.B, m.A)}
+        plain = self.portable_rank is None and self.dtype in (None, torch.bfloat16)
+        return torch.bfloat16 if plain and found == {torch.bfloat16} else torch.float32
 
     def place(self, task: _Task) -> Place:
         module = task.module
@@ -291,15 +329,6 @@ class _Form(NamedTuple):
             B_dtype=self.dtype or module.B.dtype,
             A_dtype=self.dtype or module.A.dtype,
         )
-
-    def working_type(self) -> torch.dtype:
-        """Of the factors that kernels read and write: bfloat16 only where nothing is done to it later.
-
-        float16 goes through float32, as its few exponents have to be evened out before rounding.
-        """
-        found = {X.dtype for m in self.source.modules.values() for X in (m.B, m.A)}
-        plain = self.portable_rank is None and self.dtype in (None, torch.bfloat16)
-        return torch.bfloat16 if plain and found == {torch.bfloat16} else torch.float32
 
     def adapter(self, modules: dict[str, LoraModule]) -> LoraAdapter:
         config = self.source.config
@@ -351,40 +380,40 @@ def _single(task: _Task, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _project_group(
-    group: list[_Task], factors: list[tuple[Tensor, Tensor]], device: torch.device
-) -> reference.Projection:
-    """Stacked projections of a group.
+    group: list[_Task], factors: list[tuple[Tensor, Tensor]]
+) -> tuple[reference.Projection, Tensor]:
+    """Stacked projections of a group, and for each module whether float32 held its squares.
 
     Factors can be as small as 1e-30 where alpha makes up for it: a sum of squares that vanished would
-    pass the update off as zero, and so as nothing to correct. Such modules are projected in float64.
+    pass the update off as zero, and so as nothing to correct.
     """
-    rows = [_project(task, pair, device) for task, pair in zip(group, factors, strict=True)]
-    stacked = _stack(rows)
+    rows = [
+        reference.project(B, A, task.U.to(B), task.V.to(B))
+        for task, (B, A) in zip(group, factors, strict=True)
+    ]
+    stacked = reference.Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in (stacked.G_B, stacked.G_A)], dim=-1)
     finite = torch.isfinite(squares).all(-1)
     if not bool(finite.all()):
         name = group[int(finite.int().argmin())].name
         raise CsuloraError(f"{name}: NaN, or factors whose squares overflow float32")
-    held = (squares > SMALLEST_SQUARE).all(-1).tolist()
-    if all(held):
-        return stacked
-    return _stack(
-        reference.Projection(*(X.double() for X in row))
-        if enough
-        else _project(task, (pair[0].double(), pair[1].double()), device)
-        for task, pair, row, enough in zip(group, factors, rows, held, strict=True)
-    )
+    return stacked, (squares > SMALLEST_SQUARE).all(-1)
 
 
-def _project(
-    task: _Task, pair: tuple[Tensor, Tensor], device: torch.device
-) -> reference.Projection:
-    B, A = pair
-    return reference.project(B, A, task.U.to(device, B.dtype), task.V.to(device, B.dtype))
-
-
-def _stack(rows: Iterable[reference.Projection]) -> reference.Projection:
-    return reference.Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+def _solve_carefully(
+    group: list[_Task], cores: reference.Cores, which: Tensor, form: _Form
+) -> dict[str, tuple[careful.Parts, reference.Cores]]:
+    """Parts and cores in float64 of the modules that need it; their figures replace those in `cores`."""
+    found = {}
+    for i in which.nonzero().flatten().tolist():
+        task, device = group[i], cores.energy.device
+        module = task.module
+        parts = careful.split(*(X.to(device) for X in (module.B, module.A, task.U, task.V)))
+        solved = careful.solve(parts, form.correction)
+        for name in reference.FIGURES:
+            getattr(cores, name)[i] = getattr(solved, name)
+        found[task.name] = parts, solved
+    return found
 
 
 def _recompose(
@@ -393,38 +422,36 @@ def _recompose(
     projection: reference.Projection,
     cores: reference.Cores,
     form: _Form,
-    memory: tuple[Tensor, Tensor],
-) -> LoraModule:
-    """The module's new factors, in the memory and type kept for them."""
-    (B, A), device = pair, pair[0].device
+    into: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The module's new factors in float32, in the memory kept for them if that will do."""
     if form.correction.is_identity:
-        return _new_module(task, None, None, form, memory)
+        return task.module.B, task.module.A
+    B, A = pair
     there = form.portable_rank is None and all(
-        X.dtype == torch.float32 and X.device == device for X in memory
+        X.dtype == torch.float32 and X.device == B.device for X in into
     )
-    B, A = reference.recompose(
-        B, A, task.U.to(device), task.V.to(device), projection, cores, memory if there else None
-    )
-    return _new_module(task, B, A, form, memory)
+    U, V = task.U.to(B), task.V.to(B)
+    return reference.recompose(B, A, U, V, projection, cores, into if there else None)
 
 
-def _new_module(
-    task: _Task, B: Tensor | None, A: Tensor | None, form: _Form, memory: tuple[Tensor, Tensor]
+def _finish(
+    task: _Task, B: Tensor, A: Tensor, form: _Form, into: tuple[Tensor, Tensor]
 ) -> LoraModule:
-    """A module of the result from its factors (None: the old ones), in the memory kept for them."""
+    """The module in the form that is wanted, its factors in the memory and type kept for them."""
     module = task.module
-    new = module
-    if B is not None and A is not None:
+    alpha = module.alpha
+    if A.shape[0] != module.rank:
         flag = bool(form.source.config.get("use_rslora"))
-        alpha = alpha_for_rank(module.alpha, module.rank, A.shape[0], flag)
-        new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
+        alpha = alpha_for_rank(alpha, module.rank, A.shape[0], flag)
+    new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
     if form.portable_rank is not None:
         new = new.portable(form.portable_rank)
     B, A = new.B, new.A
-    if torch.float16 in (memory[0].dtype, memory[1].dtype) and not form.correction.is_identity:
+    if torch.float16 in (into[0].dtype, into[1].dtype) and not form.correction.is_identity:
         B, A = balance(B, A)
-    store(task.name, B, A, memory)
-    return replace(new, B=memory[0], A=memory[1])
+    store(task.name, B, A, into)
+    return replace(new, B=into[0], A=into[1])
 
 
 def _group_reports(

@@ -7,3 +7,7 @@ class CsuloraError(Exception):
 
 class UsageError(CsuloraError):
     """The call itself is wrong: nothing was started."""
+
+
+class DiskFullError(CsuloraError):
+    """No space, or no quota, is left where an output should go."""

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from csulora.errors import CsuloraError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """A lazy reader of one safetensors file (`keys`, `get_tensor`, `get_slice`, `metadata`)."""
-    _check_regular(path)
+    check_regular(path)
     try:
         reader = safe_open(str(path), framework="pt", device="cpu")
     except FileNotFoundError:
@@ -69,14 +69,26 @@ def read_tensor(handle: Any, path: Path, name: str) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; numbers and text that could not be written back are refused."""
-    _check_regular(path)
+    return parse_json(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file whole."""
+    check_regular(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()
+        return path.read_bytes()
     except FileNotFoundError:
         raise CsuloraError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CsuloraError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """`read_json` of a file whose bytes are at hand."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise CsuloraError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise CsuloraError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -90,7 +102,7 @@ def _finite(literal: str) -> float:
     return value
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: Path) -> None:
     """Refuse what is there but no file: opening a named pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise CsuloraError(f"{path}: not a regular file; refused")
@@ -100,6 +112,25 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Deterministic, strictly valid JSON text (an infinite strength must already be a string)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def json_rows(value: Mapping[str, Any]) -> bytes:
+    """The same with lines for two levels only: a report stays readable, and quick to write."""
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    return (_rows(value, "  ", lambda entry: _inner(entry, encode), encode) + "\n").encode()
+
+
+def _inner(value: Any, encode: Callable[[Any], str]) -> str:
+    if isinstance(value, Mapping) and value:
+        return _rows(value, "    ", encode, encode)
+    return encode(value)
+
+
+def _rows(
+    value: Mapping[str, Any], indent: str, inner: Callable[[Any], str], encode: Callable[[str], str]
+) -> str:
+    rows = ",\n".join(f"{indent}{encode(key)}: {inner(entry)}" for key, entry in value.items())
+    return "{\n" + rows + "\n" + indent[:-2] + "}"
 
 
 def sha256_file(path: Path) -> str:
@@ -133,7 +164,7 @@ def safetensors_chunks(
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -193,7 +224,7 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     With `overwrite` an existing folder is replaced, otherwise it is an error. What a killed run left
     behind is for `recover_folders`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
         inner = temporary / "new"
@@ -214,6 +245,14 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, each of them durable."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
 
 
 def recover_folders(parent: Path, names: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import csulora_kernels
 from csulora.errors import CsuloraError
-from csulora.reference import Cores
+from csulora.reference import FIGURES, Amplification, Cores, amplification
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 
@@ -30,11 +30,14 @@ class Update(NamedTuple):
 
 
 class Corrected(NamedTuple):
-    """The new factors of one module, on the CPU; None where the strengths keep everything."""
+    """The new factors of an adapter's modules, on the CPU, and what is known about each of n modules."""
 
-    B: Tensor | None  # (d_out, r')
-    A: Tensor | None  # (r', d_in)
-    cores: Cores  # energies and change alone, each with a leading dimension of 1
+    factors: (
+        list[tuple[Tensor, Tensor]] | None
+    )  # (d_out, r'), (r', d_in); None: the strengths keep all
+    cores: Cores  # energies and change alone, (n) and (n, 4)
+    held: Tensor  # (n) whether float32 holds the squares of the factors
+    amplification: Amplification  # (n)
 
 
 def correct_updates(
@@ -43,43 +46,12 @@ def correct_updates(
     correction: Correction,
     dtype: torch.dtype,
     device: torch.device,
-) -> list[list[Corrected] | CsuloraError]:
-    """The corrected updates of each adapter, in order, or in their place the error that stopped them.
+) -> list[Corrected | CsuloraError]:
+    """The corrected updates of each adapter, in order, or in its place the error that stopped it.
 
     Computes from and to factors of `dtype` (float32 or bfloat16), to which all are converted. Ranks to
     128.
     """
-    pairs = [[(u.B.to(dtype), u.A.to(dtype)) for u in updates] for updates in batch]
-    results = _run(batch, pairs, subspace, correction, device)
-    small = [i for i, result in enumerate(results) if result is None]
-    if small:
-        # float32 holds factors of 1e-30, but not their squares: once more, with even magnitudes.
-        evened = [[_even(u.B, u.A) for u in batch[i]] for i in small]
-        again = _run(
-            [batch[i] for i in small],
-            [[(B, A) for B, A, _ in row] for row in evened],
-            subspace,
-            correction,
-            device,
-            all_sizes=True,
-        )
-        for i, result, row in zip(small, again, evened, strict=True):
-            if isinstance(result, list):
-                exponents = [exponent for _, _, exponent in row]
-                result = [_scaled(*one) for one in zip(result, exponents, strict=True)]
-            results[i] = result
-    return [result for result in results if result is not None]
-
-
-def _run(
-    batch: Sequence[Sequence[Update]],
-    pairs: Sequence[Sequence[tuple[Tensor, Tensor]]],
-    subspace: SafetySubspace,
-    correction: Correction,
-    device: torch.device,
-    all_sizes: bool = False,
-) -> list[list[Corrected] | CsuloraError | None]:
-    """As `correct_updates`, but None where squares may have vanished, unless all sizes will do."""
     keys = [[u.target + (".T" if u.transposed else "") for u in updates] for updates in batch]
     wanted = {
         key: (u.target, u.transposed)
@@ -87,9 +59,11 @@ def _run(
         for key, u in zip(row, updates, strict=True)
     }
     basis = _whole_basis(subspace, device).take(wanted)
-    table = csulora_kernels.pack(
-        [dict(zip(row, pair, strict=True)) for row, pair in zip(keys, pairs, strict=True)], basis
-    )
+    factors = [
+        {key: (u.B.to(dtype), u.A.to(dtype)) for key, u in zip(row, updates, strict=True)}
+        for row, updates in zip(keys, batch, strict=True)
+    ]
+    table = csulora_kernels.pack(factors, basis)
     workspace = csulora_kernels.workspace(table, basis, correction)
     projection = csulora_kernels.project(table, basis, workspace=workspace)
     cores = csulora_kernels.solve(projection, correction, workspace=workspace)
@@ -97,32 +71,29 @@ def _run(
     if not correction.is_identity:
         out = csulora_kernels.recompose(table, basis, projection, cores, workspace=workspace)
         out = out.to("cpu")
-    sound, held = (X.cpu() for X in _sizes(projection, table))
-    figures = [getattr(cores, name).cpu() for name in Cores._fields[4:]]
+    finite, held = (X.cpu() for X in _sizes(projection, table))
+    amplification = Amplification(*(X.cpu() for X in _amplification(projection, cores, table)))
+    figures = {name: getattr(cores, name).cpu() for name in FIGURES}
     place = {key: m for m, key in enumerate(wanted)}
-    results: list[list[Corrected] | CsuloraError | None] = []
+    results: list[Corrected | CsuloraError] = []
     for i, (row, updates) in enumerate(zip(keys, batch, strict=True)):
         columns = [place[key] for key in row]
-        bad = [u.name for u, m in zip(updates, columns, strict=True) if not sound[i, m]]
+        bad = [u.name for u, m in zip(updates, columns, strict=True) if not finite[i, m]]
         if bad:
-            results.append(
-                CsuloraError(f"{bad[0]}: NaN, or factors whose squares overflow float32")
+            problem = f"{bad[0]}: NaN, or factors whose squares overflow float32"
+            results.append(CsuloraError(problem))
+            continue
+        nothing = torch.empty(0)  # the cores proper have done their work
+        own = {name: X[i, columns] for name, X in figures.items()}
+        results.append(
+            Corrected(
+                None if out is None else [(out.B(i, m), out.A(i, m)) for m in columns],
+                Cores(None, None, nothing, nothing, **own),
+                held[i, columns],
+                Amplification(*(X[i, columns] for X in amplification)),
             )
-        elif not all_sizes and not bool(held[i, columns].all()):
-            results.append(None)
-        else:
-            results.append([_corrected(out, figures, i, m) for m in columns])
+        )
     return results
-
-
-def _corrected(
-    out: csulora_kernels.Table | None, figures: Sequence[Tensor], i: int, m: int
-) -> Corrected:
-    nothing = torch.empty(0)  # the cores proper have done their work
-    cores = Cores(None, None, nothing, nothing, *(X[i, m : m + 1] for X in figures))
-    if out is None:
-        return Corrected(None, None, cores)
-    return Corrected(out.B(i, m), out.A(i, m), cores)
 
 
 def _whole_basis(subspace: SafetySubspace, device: torch.device) -> csulora_kernels.Basis:
@@ -138,36 +109,33 @@ def _sizes(
     projection: csulora_kernels.Projection, table: csulora_kernels.Table
 ) -> tuple[Tensor, Tensor]:
     """(N, M) each: whether all squares are finite, and large enough to be whole sums."""
-    ranks = table.entries[:, :, 0, None]
-    R = projection.G_B.shape[-1]
-    inside = torch.arange(R, device=ranks.device) < ranks
     squares = torch.stack([G.diagonal(dim1=-2, dim2=-1) for G in (projection.G_B, projection.G_A)])
-    held = ((squares > SMALLEST_SQUARE) | ~inside).all(-1).all(0)
+    held = ((squares > SMALLEST_SQUARE) | ~_used(projection, table)).all(-1).all(0)
     return torch.isfinite(squares).all(-1).all(0), held
 
 
-def _even(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, int]:
-    """B', A' in float32 with largest entries near 1, and e such that B A = 2^e B' A', exactly.
-
-    Column by column, by powers of two: what a small column of B has less, its row of A has more.
-    """
-    B, A = B.double(), A.double()
-    left, right = _exponent(B.abs().amax(0)), _exponent(A.abs().amax(1))
-    used = (B != 0).any(0) & (A != 0).any(1)
-    largest = (left + right)[used].max() if bool(used.any()) else left.new_zeros(())
-    shift = torch.where(used, left - largest, -right)
-    return (B * torch.exp2(-left)).float(), (A * torch.exp2(shift)[:, None]).float(), int(largest)
-
-
-def _exponent(X: Tensor) -> Tensor:
-    """Of the power of two below each entry; 0 for 0."""
-    return torch.where(X > 0, X, torch.ones_like(X)).log2().floor()
+def _amplification(
+    projection: csulora_kernels.Projection,
+    cores: csulora_kernels.Cores,
+    table: csulora_kernels.Table,
+) -> Amplification:
+    """(N, M) each. Padding is no part of any Gram matrix, so it adds nothing."""
+    P, Q, G_B, G_A = (_finite(X) for X in projection)
+    inside = torch.stack([P.mT @ P, Q @ Q.mT])
+    outside = torch.stack([G_B, G_A]) - inside
+    split = torch.stack([inside, outside], dim=1)
+    X_in, X_out = (None if X is None else _finite(X) for X in (cores.X_in, cores.X_out))
+    figures = {name: getattr(cores, name) for name in FIGURES}
+    own = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out), **figures)
+    return amplification(split[0], split[1], own, _used(projection, table))
 
 
-def _scaled(one: Corrected, exponent: int) -> Corrected:
-    """Undo `_even`: half of the power in each factor, so that both stay in range."""
-    half = exponent // 2
-    cores = one.cores._replace(energy=one.cores.energy * 2.0 ** (2 * exponent))
-    if one.B is None or one.A is None:
-        return Corrected(None, None, cores)
-    return Corrected(one.B * 2.0**half, one.A * 2.0 ** (exponent - half), cores)
+def _finite(X: Tensor) -> Tensor:
+    """In float64, and without NaN: an adapter that has some is an error already."""
+    return X.double().nan_to_num()
+
+
+def _used(projection: csulora_kernels.Projection, table: csulora_kernels.Table) -> Tensor:
+    """(N, M, R): which columns are not padding."""
+    ranks = table.entries[:, :, 0, None]
+    return torch.arange(projection.G_B.shape[-1], device=ranks.device) < ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError
-from csulora.files import read_json
+from csulora.files import parse_json
 from csulora.names import pattern_regex, pattern_value
 
 FILE = "adapter_config.json"
@@ -31,13 +31,12 @@ _VARIANTS = {
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
-def load_config(folder: Path) -> dict[str, Any]:
-    """Read and check a PEFT LoRA configuration.
+def parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    """The PEFT LoRA configuration that the bytes of the file `path` hold, checked.
 
     Raises CsuloraError for another PEFT method, ill-typed fields or a LoRA variant that is not B A.
     """
-    path = folder / FILE
-    config = read_json(path)
+    config = parse_json(path, data)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CsuloraError(f"{path}: peft_type is {kind!r}; only LORA adapters can be corrected")

@@ -30,7 +30,7 @@ def plot_shares(report: Report, path: str | Path) -> None:
     rows, columns = _axes(list(report.modules))
     height = max(1.6, 0.21 * len(rows)) + 1.0
     width = max(3.2, 0.62 * len(columns) + 1.2)
-    figure = _figure((3 * width, 2 * height + 0.6))
+    figure = new_figure((3 * width, 2 * height + 0.6))
     panels = figure.subplots(2, 3, squeeze=False)
     for column, (title, blocks) in enumerate(_PANELS.items()):
         grids = [
@@ -63,7 +63,8 @@ def save_figure(figure: Any, path: str | Path) -> None:
         raise CsuloraError(f"{target}: cannot be written ({error.strerror or error})") from None
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure; CsuloraError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from csulora.rank_fit import alternate, dot
+
 if TYPE_CHECKING:
     from csulora.settings import Correction
 
 # The order of the blocks, and the side (0 inside, 1 outside) of B and of A that each pairs.
 FF, FO, OF, OO = range(4)
 LEFT, RIGHT = [0, 0, 1, 1], [0, 1, 0, 1]
-# The alternating fit of `same` stops when a step lowers the squared error by less than this share.
-ALS_STALL = 1e-4
-ALS_MAX_STEPS = 50
-# Eigenvalues of a system of the alternating fit below this share of the largest count as zero.
-SINGULAR = 1e-11
+# The fields of Cores that are not cores.
+FIGURES = ("energy", "before", "after", "relative_change", "rank_error")
 
 
 class Projection(NamedTuple):
@@ -76,6 +75,17 @@ class Cores(NamedTuple):
         return [Cores(*row) for row in zip(*pinned, *parts, strict=True)]
 
 
+class Amplification(NamedTuple):
+    """First-order relative error of the update B'A' per unit of roundoff.
+
+    About 1 where nothing cancels; large where the result is small beside what it is computed from, or
+    where the two factors of a small product are large.
+    """
+
+    computing: Tensor  # (...) of the factors in the dtype they are computed in
+    storing: Tensor  # (...) of the new factors in the dtype they are stored in
+
+
 def project(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> Projection:
     """Coordinates of the factors in the subspace, and their Gram matrices.
 
@@ -92,9 +102,47 @@ def solve(projection: Projection, correction: Correction) -> Cores:
     Runs in float64 whatever the dtype of the projection: the systems are r x r, and lambda times a
     float32 rounding error would not reach the promised accuracy. Returned tensors are float64.
     """
-    G_B, G_A = _split_grams(projection)
+    return solve_with_amplification(projection, correction)[0]
+
+
+def solve_with_amplification(
+    projection: Projection, correction: Correction
+) -> tuple[Cores, Amplification]:
+    """`solve`, and how much `recompose` would amplify rounding errors."""
+    P, Q, G_B, G_A = (X.double() for X in projection)
+    t = even_gauge(G_B.diagonal(dim1=-2, dim2=-1), G_A.diagonal(dim1=-2, dim2=-1))
+    columns, rows = t[..., None, :], t[..., None]
+    P, Q = P * columns, Q / rows
+    inside = torch.stack([P.mT @ P, Q @ Q.mT])
+    total = torch.stack([G_B * rows * columns, G_A / rows / columns])
+    G_B, G_A = torch.stack([inside, _positive(total - inside)], dim=1)
+    cores = solve_grams(G_B, G_A, correction)
+    amplified = amplification(G_B, G_A, cores)
+    # Back to the gauge of the factors: B K A = (B T) (T^-1 K T) (T^-1 A).
+    X_in, X_out, Y_in, Y_out = cores[:4]
+    Y_in, Y_out = Y_in / columns, Y_out / columns
+    if X_in is None or X_out is None:
+        both = torch.cat([rows, rows], dim=-2)
+        return cores._replace(Y_in=both * Y_in, Y_out=both * Y_out), amplified
+    cores = cores._replace(X_in=rows * X_in, X_out=rows * X_out, Y_in=Y_in, Y_out=Y_out)
+    return cores, amplified
+
+
+def even_gauge(left: Tensor, right: Tensor) -> Tensor:
+    """Powers of two t for which the columns of B and the rows of A of (B t) (t^-1 A) are about even.
+
+    Args: their squared norms, (..., r) each. The update is the same, exactly, but in this gauge the
+    rounding errors of a column are small beside that column's part of the update.
+    """
+    usable = (left > 0) & (right > 0)
+    ratio = torch.where(usable, right, 1.0) / torch.where(usable, left, 1.0)
+    return torch.exp2((0.25 * ratio.log2()).round())
+
+
+def solve_grams(G_B: Tensor, G_A: Tensor, correction: Correction) -> Cores:
+    """`solve` from float64 Gram matrices, (2, ..., r, r) of each factor: inside, outside the subspace."""
     blocks = _Sides(G_B[LEFT], G_A[RIGHT])
-    energies = _dot(blocks.B, blocks.A)
+    energies = dot(blocks.B, blocks.A)
     energy = energies.sum(0)
     # A zero update has no relative energies; any core maps it to zero, so keep the identity.
     inverse_energy = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
@@ -190,12 +238,49 @@ class _Sides(NamedTuple):
     A: Tensor
 
 
-def _split_grams(projection: Projection) -> _Sides:
-    """Gram matrices inside and outside the subspace, (2, ..., r, r) of each factor."""
-    P, Q, G_B, G_A = (X.double() for X in projection)
-    inside = torch.stack([P.mT @ P, Q @ Q.mT])
-    outside = _positive(torch.stack([G_B, G_A]) - inside)
-    return _Sides(*torch.stack([inside, outside], dim=1))
+def amplification(
+    G_B: Tensor, G_A: Tensor, cores: Cores, used: Tensor | None = None
+) -> Amplification:
+    """How much `recompose` would amplify rounding errors, from Gram matrices as in `solve_grams`.
+
+    used: (..., r), False for columns that are padding.
+    """
+    X_in, X_out, Y_in, Y_out = cores[:4]
+    if X_in is None or X_out is None:
+        eye = torch.eye(G_B.shape[-1], dtype=G_B.dtype, device=G_B.device).expand(G_B.shape[1:])
+        nothing = torch.zeros_like(eye)
+        X_in, X_out = torch.cat([eye, nothing], dim=-1), torch.cat([nothing, eye], dim=-1)
+    new_B = X_in.mT @ G_B[0] @ X_in + X_out.mT @ G_B[1] @ X_out
+    new_A = Y_in @ G_A[0] @ Y_in.mT + Y_out @ G_A[1] @ Y_out.mT
+    energy = dot(new_B, new_A)
+    inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
+
+    def diagonal(X: Tensor) -> Tensor:
+        return X.diagonal(dim1=-2, dim2=-1)
+
+    # B_out is a difference from B, so it carries the rounding of all of B; so with A.
+    squares = (
+        diagonal(G_B[0]) * diagonal(X_in @ new_A @ X_in.mT)
+        + diagonal(G_B.sum(0)) * diagonal(X_out @ new_A @ X_out.mT)
+        + diagonal(G_A[0]) * diagonal(Y_in.mT @ new_B @ Y_in)
+        + diagonal(G_A.sum(0)) * diagonal(Y_out.mT @ new_B @ Y_out)
+    )
+    stored = 2 * diagonal(new_B) * diagonal(new_A)
+    computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
+    if cores.X_in is not None:
+        # The fit divides by its systems; where they are singular it divides rounding errors by noise.
+        smallest = [_smallest_correlation(G.sum(0), used) for G in (G_B, G_A)]
+        singular = torch.minimum(*smallest) < 1e-5
+        computing = torch.where(singular & (energy > 0), math.inf, computing)
+    return Amplification(computing, storing)
+
+
+def _smallest_correlation(G: Tensor, used: Tensor | None) -> Tensor:
+    """Smallest eigenvalue of a Gram matrix (..., r, r) after its columns are scaled to norm 1."""
+    if used is not None:
+        G = G + torch.diag_embed((~used).to(G.dtype))
+    scale = G.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
+    return torch.linalg.eigvalsh(G * scale[..., None] * scale[..., None, :])[..., 0]
 
 
 def _positive(G: Tensor) -> Tensor:
@@ -213,14 +298,10 @@ def _positive(G: Tensor) -> Tensor:
     return G
 
 
-def _dot(X: Tensor, Y: Tensor) -> Tensor:
-    return (X * Y).sum((-2, -1))
-
-
 def _energies_of(blocks: _Sides, K: Tensor) -> Tensor:
     """||B_p K A_q||_F^2 = <G_Bp K, K G_Aq> of the four blocks, (4, ...), for cores K (4, ..., r, r)."""
     # Rounding can leave a tiny negative number where a block is empty.
-    return _dot(blocks.B @ K, K @ blocks.A).clamp_min(0)
+    return dot(blocks.B @ K, K @ blocks.A).clamp_min(0)
 
 
 def _block_cores(
@@ -251,106 +332,7 @@ def _fit_same_rank(
     """
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand(K.shape[1:])
     if correction.lambda_aligned <= correction.lambda_off:
-        K_A, K_B = _alternate(G_B, G_A, K)
+        K_A, K_B = alternate(G_B, G_A, K)
         return K[FF], K_B, eye, K_A
-    K_A, K_B = _alternate(G_B.flip(0), G_A.flip(0), K.flip(0))
+    K_A, K_B = alternate(G_B.flip(0), G_A.flip(0), K.flip(0))
     return K_B, K[OO], K_A, eye
-
-
-def _alternate(G_B: Tensor, G_A: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """Alternating least squares for K_A, K_B in B' = B_p C + B_q K_B, A' = A_p + K_A A_q.
-
-    Grams (2, ..., r, r) and the target K (4, ..., r, r) have the pinned side p first: C = K[0] is met
-    exactly whatever K_A and K_B are.
-    """
-    shape = K.shape[1:]
-    fit = _Fit.of(*(X.reshape(X.shape[0], -1, *shape[-2:]) for X in (G_B, G_A, K)))
-    # A start at K_A = K_pq is never better, and stuck at zero where a partial block is removed whole.
-    K_A = torch.eye(shape[-1], dtype=K.dtype, device=K.device).repeat(fit.C.shape[0], 1, 1)
-    K_B = torch.zeros_like(K_A)
-    previous = K.new_full(K_A.shape[:1], math.inf)
-    # A module that has stalled drops out, so its result does not depend on the rest of the stack.
-    active = torch.arange(K_A.shape[0], device=K.device)
-    for _ in range(ALS_MAX_STEPS):
-        K_A[active], K_B[active], error = fit.step(K_A[active])
-        going = previous - error > ALS_STALL * error
-        if not bool(going.all()):
-            active, fit, error = active[going], fit.at(going), error[going]
-        if not active.numel():
-            break
-        previous = error
-    return K_A.reshape(shape), K_B.reshape(shape)
-
-
-class _Fit(NamedTuple):
-    """What a step of the alternating fit needs that does not change, (n, r, r) each; C G_Bp C etc. as
-    in section "Rank of the result" of docs/method.md."""
-
-    C: Tensor
-    K_qp: Tensor
-    K_qq: Tensor
-    G_Bq: Tensor
-    G_Ap: Tensor
-    G_Aq: Tensor
-    CGC: Tensor  # C^T G_Bp C
-    CGK: Tensor  # C^T G_Bp K_pq
-    KG: Tensor  # K_qp G_Ap
-    constant: Tensor  # (n) squared norm of the blocks pq and qq
-
-    @classmethod
-    def of(cls, G_B: Tensor, G_A: Tensor, K: Tensor) -> _Fit:
-        C, K_pq, K_qp, K_qq = K
-        CG = C.mT @ G_B[0]
-        KGK = K_pq.mT @ G_B[0] @ K_pq + K_qq.mT @ G_B[1] @ K_qq
-        return cls(
-            C,
-            K_qp,
-            K_qq,
-            G_B[1],
-            G_A[0],
-            G_A[1],
-            CG @ C,
-            CG @ K_pq,
-            K_qp @ G_A[0],
-            _dot(KGK, G_A[1]),
-        )
-
-    def at(self, which: Tensor) -> _Fit:
-        return _Fit(*(X[which] for X in self))
-
-    def step(self, K_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """K_A and K_B after one step, and the squared error of the update that they give."""
-        AG = K_A @ self.G_Aq
-        K_B = _solve_right(self.G_Ap + AG @ K_A.mT, self.KG + self.K_qq @ AG.mT)
-        BG = K_B.mT @ self.G_Bq
-        rhs = self.CGK + BG @ self.K_qq
-        K_A = _solve_left(self.CGC + BG @ K_B, rhs)
-        # Of the block qp; and of pq and qq together, which at their minimum in K_A have lost <rhs, K_A>.
-        D = K_B - self.K_qp
-        error = _dot(self.G_Bq @ D, D @ self.G_Ap) + self.constant - _dot(rhs @ self.G_Aq, K_A)
-        return K_A, K_B, error.clamp_min(0)
-
-
-def _solve_left(M: Tensor, rhs: Tensor) -> Tensor:
-    """X with M X = rhs for M symmetric positive semidefinite and rhs in its range, of least norm.
-
-    A rank-deficient factor makes M singular. Whatever rounding puts into its null space the next step
-    of the fit would divide by, so there the pseudo-inverse is taken, and nowhere else, for its price.
-    """
-    L, failed = torch.linalg.cholesky_ex(M)
-    pivots = L.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    largest = M.diagonal(dim1=-2, dim2=-1).amax(-1)
-    regular = (failed == 0) & (pivots > SINGULAR * largest)
-    if bool(regular.all()):
-        return torch.cholesky_solve(rhs, L)
-    X = torch.cholesky_solve(
-        rhs, torch.where(regular[..., None, None], L, torch.eye(M.shape[-1]).to(M))
-    )
-    singular = ~regular
-    inverse = torch.linalg.pinv(M[singular], rtol=SINGULAR, hermitian=True)
-    X[singular] = inverse @ rhs[singular]
-    return X
-
-
-def _solve_right(M: Tensor, rhs: Tensor) -> Tensor:
-    return _solve_left(M, rhs.mT).mT

@@ -63,7 +63,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `csulora_report.json`; strictly valid JSON values."""
-        return {"format": FORMAT, **asdict(self)}
+        # dataclasses.asdict copies every value of every module, which is slow for a batch.
+        modules = {name: dict(vars(module)) for name, module in self.modules.items()}
+        return {
+            "format": FORMAT,
+            **vars(self),
+            "modules": modules,
+            "totals": dict(vars(self.totals)),
+        }
 
 
 def module_reports(

@@ -50,9 +50,9 @@ class ModuleSubspace:
         energy = float(self.S.double().square().sum())
         kept = float(self.S[:rank].double().square().sum())
         share = self.energy_share * kept / energy if energy else 0.0
-        return replace(
-            self, U=self.U[:, :rank], S=self.S[:rank], V=self.V[:, :rank], energy_share=share
-        )
+        # Contiguous: a product's last bits may depend on strides, and copies elsewhere have none.
+        U, V = self.U[:, :rank].contiguous(), self.V[:, :rank].contiguous()
+        return replace(self, U=U, S=self.S[:rank], V=V, energy_share=share)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ WEIGHTS, CONFIG, REPORT = (
     "adapter_config.json",
     "csulora_report.json",
 )
+JOURNAL = "csulora_journal.jsonl"
 FORMAT = "csulora_subspace/1"
 
 
@@ -176,12 +177,18 @@ def effective(folder: Path) -> dict[str, Tensor]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, by relative path."""
+    """Every file below a folder by relative path, hidden ones too, but no journal (it holds times)."""
     return {
         str((Path(place) / file).relative_to(folder)): (Path(place) / file).read_bytes()
         for place, _, files in os.walk(folder)
         for file in files
+        if file != JOURNAL
     }
+
+
+def outputs(folder: Path) -> list[str]:
+    """What lies in an output folder beside the journal, hidden entries too."""
+    return sorted(path.name for path in folder.iterdir() if path.name != JOURNAL)
 
 
 def digest(path: Path) -> str:

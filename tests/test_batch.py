@@ -11,8 +11,9 @@ import time
 
 import builders
 import pytest
+import torch
 
-from csulora import CsuloraError, LoraAdapter, SafetySubspace, correct
+from csulora import CsuloraError, LoraAdapter, SafetySubspace, correct, correct_many
 
 
 def call(capsys, *arguments):
@@ -37,7 +38,7 @@ def test_good_ones_are_written_and_the_bad_one_is_named(capsys, three, jobs):
     outcomes = json.loads(result.out)["adapters"]
     assert [entry["status"] for entry in outcomes] == ["corrected", "failed", "corrected"]
     assert len(result.complaints) == 1 and str(adapters[1]) in result.complaints[0]
-    assert sorted(p.name for p in out.iterdir()) == ["a", "c"]
+    assert builders.outputs(out) == ["a", "c"]
     for name in "ac":
         assert LoraAdapter.load(out / name).modules
 
@@ -48,7 +49,7 @@ def test_adapters_from_a_file_and_from_standard_input(capsys, three, monkeypatch
     assert call(capsys, *common, "--adapters-from", tmp_path / "list").code == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{adapters[2]}\n"))
     assert call(capsys, *common, "--adapters-from", "-").code == 0
-    assert sorted(p.name for p in out.iterdir()) == ["a", "c"]
+    assert builders.outputs(out) == ["a", "c"]
 
 
 def test_resume_skips_finished_and_refuses_to_mix(capsys, three):
@@ -121,7 +122,7 @@ def test_a_killed_run_leaves_only_whole_folders_and_resumes(capsys, tmp_path, su
         process.send_signal(signal.SIGKILL)
         process.wait()
         for folder in out.iterdir():
-            if not folder.name.startswith("."):
+            if folder.is_dir() and not folder.name.startswith("."):
                 wanted = {k: v for k, v in expected.items() if k.startswith(folder.name + "/")}
                 found = {f"{folder.name}/{k}": v for k, v in builders.tree(folder).items()}
                 assert found == wanted
@@ -133,3 +134,53 @@ def test_saving_onto_the_source_is_refused(tmp_path, subspace, adapter):
     new, _ = correct(LoraAdapter.load(adapter), SafetySubspace.load(subspace))
     with pytest.raises(CsuloraError, match="lies inside"):
         new.save(adapter, overwrite=True)
+
+
+def test_groups_as_on_a_gpu_give_the_same_and_a_bad_one_fails_alone(
+    tmp_path, subspace, monkeypatch
+):
+    """On a GPU what has been read is corrected in one go; an error nobody foresaw is pinned down."""
+    from csulora.batch import local, work
+
+    for i in range(30):
+        builders.write_adapter(tmp_path / "in" / f"n{i:02}", seed=i)
+    loaded = SafetySubspace.load(subspace)
+    correct_many([tmp_path / "in"], loaded, tmp_path / "one-by-one")
+    sizes = []
+    batch = work.correct_batch
+
+    def slow(adapters, *rest, **options):
+        sizes.append(len(adapters))
+        time.sleep(0.02)  # meanwhile others are read
+        if any(adapter.source.name == "n17" for adapter in adapters):
+            raise RuntimeError("kernel\nfell over")
+        return batch(adapters, *rest, **options)
+
+    monkeypatch.setattr(work, "correct_batch", slow)
+    monkeypatch.setattr(local, "pick_device", lambda device: torch.device("cuda"))
+    outcomes = correct_many([tmp_path / "in"], loaded, tmp_path / "out")
+    assert max(sizes) > 3
+    assert [(o.kind, o.error) for o in outcomes if o.status == "failed"] == [
+        ("unforeseen", f"{tmp_path / 'in' / 'n17'}: RuntimeError: kernel fell over")
+    ]
+    expected = builders.tree(tmp_path / "one-by-one")
+    assert builders.tree(tmp_path / "out") == {
+        name: data for name, data in expected.items() if not name.startswith("n17/")
+    }
+
+
+def test_outcomes_come_in_order_with_their_number(tmp_path, subspace):
+    for i in range(20):
+        builders.write_adapter(tmp_path / "in" / f"n{i:02}", seed=i)
+    seen = []
+    outcomes = correct_many(
+        [tmp_path / "in"],
+        SafetySubspace.load(subspace),
+        tmp_path / "out",
+        jobs=3,
+        on_done=lambda outcome, done, total: seen.append((outcome.output.name, done, total)),
+    )
+    assert seen == [(f"n{i:02}", i + 1, 20) for i in range(20)]
+    assert [outcome.output.name for outcome in outcomes] == [name for name, _, _ in seen]
+    assert all(o.seconds > 0 and 0 < o.bytes_in < o.bytes_out for o in outcomes)
+    assert all(o.report is not None and not o.report.modules and o.totals for o in outcomes)

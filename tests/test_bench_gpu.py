@@ -54,7 +54,7 @@ def test_the_tuner_prints_what_to_write(tmp_path):
 @pytest.mark.parametrize("rank", ["exact", "same"])
 def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_once(adapters, rank):
     """The counted bytes of a stage are the floor's terms: no stretch twice, none left out."""
-    work = roofline.Workload.of("Llama-3.1-8B", adapters, 16, rank)
+    work = roofline.Workload.of("llama-3.1-8b", adapters, 16, rank)
     tiles = work.tiles()
     covered = plan.project_work(work.shapes, adapters, tiles)
     stretches = (covered[:, 6] - covered[:, 5]).long()

@@ -110,6 +110,8 @@ def test_every_option_of_the_contract_parses(tmp_path):
         " --granularity component --rank same --subspace-rank 8 --dtype bfloat16 --portable"
         " --pass-through --backend torch --device cpu --adapters-from - --jobs 2 --overwrite --json",
         "correct A --subspace s --out-dir o --lambda-left 1 --lambda-right 2 --resume",
+        "correct in/** --subspace s --out-dir o --batch-bytes 2G --probe --page p.html --engine ray"
+        " --ray-address auto",
         "inspect A --subspace s --json --plot f.png",
         "demo --out-dir d",
     ):
@@ -122,7 +124,7 @@ import sys, time, torch
 start = time.perf_counter()
 import csulora
 print(time.perf_counter() - start)
-heavy = {"triton", "transformers", "peft", "matplotlib", "huggingface_hub", "rich"}
+heavy = {"triton", "transformers", "peft", "matplotlib", "huggingface_hub", "rich", "ray"}
 print(sorted(heavy & set(sys.modules)))
 """
     runs = [

@@ -3,54 +3,104 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csulora.batch import Existing, Outcome, correct_many
+from csulora.backend import pick_device
+from csulora.batch import Call, Existing, Outcome, find, pick_engine, stream
+from csulora.batch.sources import check_targets
+from csulora.batch.summary import Summary, probe
 from csulora.cli import one_line
+from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
-from csulora.cli.output import progress, stdout
+from csulora.cli.output import progress, say, stdout
 from csulora.errors import UsageError
 from csulora.subspace import SafetySubspace
 
+# More adapters than this are summed up in a table; fewer get a line each.
+LINES = 20
+
 
 def run(arguments: argparse.Namespace) -> int:
-    correction = correction_from(arguments)
-    adapters = [*arguments.adapters, *_listed(arguments.adapters_from)]
+    call, items = _call(arguments), find([*arguments.adapters, *_listed(arguments.adapters_from)])
+    start = pick_engine(arguments.engine, arguments.ray_address, arguments.jobs)
+    page = None if arguments.page is None else Path(arguments.page)
+    if page is not None:
+        from csulora.batch.page import check_page
+
+        check_page(page)
     subspace = SafetySubspace.load(arguments.subspace, rank=arguments.subspace_rank)
+    copy_speed = None
+    if arguments.probe:
+        check_targets(items, call.out_dir)
+        copy_speed = probe(items, call.out_dir)
+    summary = Summary(len(items), copy_speed)
+    results = _JsonResults() if arguments.json else _TextResults(len(items))
+    with (
+        progress("correcting") as report,
+        _interruptible(report.say) as interrupted,
+        contextlib.closing(
+            stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
+        ) as outcomes,
+    ):
+        for outcome in outcomes:
+            summary.add(outcome)
+            results.add(outcome)
+            for line in _complaints(outcome):
+                report.say(f"csulora: {one_line(line)}")
+            report(sum(summary.counts.values()), len(items), Path(outcome.adapter).name)
+    left = summary.failures["not started"]
+    if left:
+        first = one_line(summary.examples["not started"])
+        say(f"csulora: failed: {left} adapters were not started, the first: {first}")
+    results.end(summary)
+    if page is not None:
+        from csulora.batch.page import write_page
+
+        write_page(summary, page)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    return 1 if summary.counts["failed"] else 0
+
+
+def _call(arguments: argparse.Namespace) -> Call:
     existing: Existing = "refuse"
     if arguments.overwrite or arguments.resume:
         existing = "overwrite" if arguments.overwrite else "resume"
-    with progress("correcting") as report:
+    on_cpu = pick_device(arguments.device).type == "cpu"
+    if on_cpu:
+        # Parallel over adapters, not within one: no waiting between threads of one product where
+        # cores are shared, and the bytes of a result do not depend on the number of cores.
+        torch.set_num_threads(1)
+    return Call(
+        out_dir=Path(arguments.out_dir),
+        correction=correction_from(arguments),
+        dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
+        portable=arguments.portable,
+        pass_through=arguments.pass_through,
+        backend=arguments.backend,
+        device=arguments.device,
+        existing=existing,
+        jobs=(_cores() if on_cpu else 1) if arguments.jobs is None else arguments.jobs,
+        batch_bytes=arguments.batch_bytes,
+    )
 
-        def on_done(outcome: Outcome, done: int, total: int) -> None:
-            report(done, total, Path(outcome.adapter).name)
 
-        outcomes = correct_many(
-            adapters,
-            subspace,
-            arguments.out_dir,
-            correction,
-            dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
-            portable=arguments.portable,
-            pass_through=arguments.pass_through,
-            backend=arguments.backend,
-            device=arguments.device,
-            jobs=arguments.jobs,
-            existing=existing,
-            on_done=on_done,
-        )
-    if arguments.json:
-        print(json.dumps({"adapters": [_as_json(outcome) for outcome in outcomes]}))
-    else:
-        _print(outcomes)
-    for outcome in outcomes:
-        _complain(outcome)
-    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _listed(source: str | None) -> list[str]:
@@ -64,34 +114,80 @@ def _listed(source: str | None) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _print(outcomes: list[Outcome]) -> None:
-    console = stdout()
-    for outcome in outcomes:
-        if outcome.status == "failed":
-            continue
-        place = one_line(outcome.output)
-        if outcome.report is None:
-            console.print(f"{place}: finished before, skipped", soft_wrap=True)
-            continue
-        total = outcome.report.totals
-        kept = total.energy_after / total.energy_before if total.energy_before else 1.0
-        console.print(
-            f"{place}: {total.modules} modules, {kept:.1%} of the energy kept, "
-            f"relative change {total.relative_change:.3f}",
-            soft_wrap=True,
-        )
-    counts = {
-        status: sum(outcome.status == status for outcome in outcomes)
-        for status in ("corrected", "skipped", "failed")
-    }
-    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
+def _warn(say: Callable[[str], None], text: str) -> None:
+    say(f"csulora: warning: {one_line(text)}")
 
 
-def _complain(outcome: Outcome) -> None:
-    if outcome.error is not None:
+@contextlib.contextmanager
+def _interruptible(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def on_signal(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        interrupted.set()
+        say("csulora: interrupted: finishing what is in memory; once more to drop it")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _TextResults:
+    """A line for each of a few adapters, then the table."""
+
+    def __init__(self, total: int) -> None:
+        self._lines: list[str] = []
+        self._wanted = total <= LINES
+
+    def add(self, outcome: Outcome) -> None:
+        if self._wanted and outcome.status != "failed":
+            self._lines.append(_as_line(outcome))
+
+    def end(self, summary: Summary) -> None:
+        console = stdout()
+        for line in self._lines:
+            console.print(line, soft_wrap=True)
+        print_summary(console, summary)
+
+
+class _JsonResults:
+    """{"adapters": [...], "summary": {...}}, an adapter a line, written as they come."""
+
+    def __init__(self) -> None:
+        self._before = '{"adapters": [\n'
+
+    def add(self, outcome: Outcome) -> None:
+        sys.stdout.write(self._before + json.dumps(_as_json(outcome)))
+        self._before = ",\n"
+
+    def end(self, summary: Summary) -> None:
+        sys.stdout.write(f'\n], "summary": {json.dumps(summary.to_dict())}}}\n')
+        sys.stdout.flush()
+
+
+def _as_line(outcome: Outcome) -> str:
+    place = one_line(outcome.output)
+    total = outcome.totals
+    if outcome.status == "skipped" or total is None:
+        return f"{place}: finished before, skipped"
+    kept = total.energy_after / total.energy_before if total.energy_before else 1.0
+    return (
+        f"{place}: {total.modules} modules, {kept:.1%} of the energy kept, "
+        f"relative change {total.relative_change:.3f}"
+    )
+
+
+def _complaints(outcome: Outcome) -> Iterator[str]:
+    if outcome.error is not None and outcome.kind != "not started":
         name = outcome.adapter
         text = outcome.error if name in outcome.error else f"{name}: {outcome.error}"
-        print(f"csulora: failed: {one_line(text)}", file=sys.stderr)
+        yield f"failed: {text}"
     if outcome.report is None:
         return
     warnings = list(outcome.report.warnings)
@@ -102,7 +198,7 @@ def _complain(outcome: Outcome) -> None:
         names = ", ".join(outcome.left_out[:3])
         warnings.append(f"not copied, being other weights or links to folders: {names}")
     for warning in warnings:
-        print(f"csulora: warning: {one_line(f'{outcome.adapter}: {warning}')}", file=sys.stderr)
+        yield f"warning: {outcome.adapter}: {warning}"
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:
@@ -112,9 +208,14 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "status": outcome.status,
     }
     if outcome.error is not None:
-        entry["error"] = outcome.error
+        entry |= {"error": outcome.error, "kind": outcome.kind}
+    if outcome.totals is not None:
+        entry["totals"] = asdict(outcome.totals)
     if outcome.report is not None:
-        report = outcome.report.to_dict()
-        entry |= {key: report[key] for key in ("totals", "passed_through", "warnings")}
-        entry["left_out"] = list(outcome.left_out)
+        entry |= {
+            "passed_through": outcome.report.passed_through,
+            "warnings": outcome.report.warnings,
+            "left_out": list(outcome.left_out),
+            "seconds": outcome.seconds,
+        }
     return entry

@@ -54,9 +54,14 @@ def add_correct(commands: Commands) -> None:
     parser = commands.add_parser(
         "correct",
         help="correct one or many adapters",
-        description="Correct PEFT LoRA adapters; each becomes a folder of its name under --out-dir.",
+        description="Correct PEFT LoRA adapters; each becomes a folder under --out-dir.",
     )
-    parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help="adapter folder or hub id")
+    parser.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="ADAPTER",
+        help="adapter folder, hub id, folder of adapters, or a quoted pattern such as 'adapters/**'",
+    )
     parser.add_argument(
         "--adapters-from", metavar="FILE|-", help="read further adapters from a file, one a line"
     )
@@ -87,7 +92,31 @@ def add_correct(commands: Commands) -> None:
     )
     parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
     _add_device(parser)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="adapters at once")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="adapters corrected at once (default: one a core; with --device cuda one)",
+    )
+    parser.add_argument(
+        "--batch-bytes",
+        type=_bytes,
+        default="1G",
+        metavar="SIZE",
+        help="memory for adapters that are read and not yet written, as 512M or 4G (default: 1G)",
+    )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where to run (default: local)"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="A", help="of a running Ray cluster (default: one on this machine)"
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help="first measure how fast these files can be copied"
+    )
+    parser.add_argument(
+        "--page", metavar="FILE.html|.png", help="write a page about the batch and its outliers"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     existing.add_argument("--resume", action="store_true", help="skip outputs that are finished")
@@ -187,6 +216,14 @@ def _add_subspace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subspace-rank", type=int, metavar="k", help="use only the k leading directions"
     )
+
+
+def _bytes(text: str) -> int:
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(text[-1:].upper())
+    number = float(text if factor is None else text[:-1])
+    if not 1 <= number * (factor or 1) < 1 << 63:
+        raise ValueError(text)
+    return int(number * (factor or 1))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from csulora.cli import one_line
 
@@ -16,7 +18,16 @@ from csulora.cli import one_line
 LOG_WIDTH = 200
 LOG_SECONDS = 5.0
 
-Report = Callable[[int, int, str], None]
+
+@dataclass(frozen=True)
+class Progress:
+    """Call it with (done, total, name); `say` prints a line on stderr without spoiling a bar."""
+
+    report: Callable[[int, int, str], None]
+    say: Callable[[str], None]
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        self.report(done, total, name)
 
 
 def stdout() -> Console:
@@ -25,13 +36,16 @@ def stdout() -> Console:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Report]:
-    """A function to call with (done, total, name): a bar on a terminal, a line every few seconds else."""
+def progress(what: str) -> Iterator[Progress]:
+    """Progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
     if sys.stderr.isatty():
         with _bar() as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total, name: bar.update(
-                task, completed=done, total=total, description=f"{what} {one_line(name)}"
+            yield Progress(
+                lambda done, total, name: bar.update(
+                    task, completed=done, total=total, description=f"{what} {one_line(name)}"
+                ),
+                lambda line: bar.console.print(line, soft_wrap=True, markup=False, highlight=False),
             )
         return
     last = -LOG_SECONDS
@@ -41,18 +55,23 @@ def progress(what: str) -> Iterator[Report]:
         now = time.monotonic()
         if done == total or now - last >= LOG_SECONDS:
             last = now
-            line = f"csulora: {what} {done}/{total} {one_line(name)}"
-            print(line, file=sys.stderr, flush=True)
+            say(f"csulora: {what} {done}/{total} {one_line(name)}")
 
-    yield write
+    yield Progress(write, say)
 
 
-def _bar() -> Progress:
-    return Progress(
+def say(line: str) -> None:
+    """A line on stderr, there at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _bar() -> Bar:
+    return Bar(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
         console=Console(stderr=True),
         transient=True,
+        redirect_stdout=False,  # results stay on stdout
     )

@@ -1,0 +1,136 @@
+"""The journal of an output folder: what is finished in it, and the lock that keeps a second run out.
+
+One JSON object a line, appended and fsynced after the outputs it speaks of were renamed into place. So
+a line never speaks of an output that is not there whole, and an output whose line was lost with the
+machine is still known by its own report. The format is in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from csulora.errors import CsuloraError, UsageError
+
+FILE = "csulora_journal.jsonl"
+FORMAT = "csulora_journal/1"
+
+
+class Journal:
+    """An open, locked journal. `Journal(out_dir)` opens it, `close` gives it up.
+
+    Raises UsageError if another run holds the lock, CsuloraError if the folder cannot be written.
+    """
+
+    def __init__(self, out_dir: Path) -> None:
+        self._out_dir = out_dir
+        self._path = out_dir / FILE
+        self._new_folder = not out_dir.exists()
+        self._places: dict[str, tuple[int, int]] = {}  # target: begin and length of its last line
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            self._file = _open_locked(self._path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CsuloraError(f"{self._path}: cannot be written ({reason})") from None
+        try:
+            self._end = self._read()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def entry(self, target: str) -> dict[str, Any] | None:
+        """The last line about an output, None if there is none. Safe to call from any thread."""
+        if target not in self._places:
+            return None
+        begin, length = self._places[target]
+        return _parse(os.pread(self._file, length, begin))
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add lines and make them durable. Raises OSError; then none of them was added."""
+        lines = [_line(entry) for entry in entries]
+        if not lines:
+            return
+        if not self._end:
+            lines.insert(0, _line({"format": FORMAT}))
+        data = memoryview(b"".join(lines))
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Give up the lock. A journal without lines disappears, and a folder made only for it."""
+        if not self._end:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+                if self._new_folder:
+                    self._out_dir.rmdir()
+        os.close(self._file)
+
+    def _read(self) -> int:
+        """Find the place of every line; cut off a last one that a killed run left torn."""
+        position = end = 0
+        with open(self._file, "rb", closefd=False) as lines:
+            lines.seek(0)
+            for line in lines:
+                begin, position = position, position + len(line)
+                if not line.endswith(b"\n"):
+                    break
+                end = position
+                entry = _parse(line)
+                if begin == 0 and (entry is None or entry.get("format") != FORMAT):
+                    raise CsuloraError(
+                        f"{self._path}: not a journal of this version of csulora "
+                        f"(expected {FORMAT}); remove it to have outputs known by their reports"
+                    )
+                if entry is not None and isinstance(entry.get("output"), str):
+                    self._places[entry["output"]] = (begin, len(line))
+        if position != end:
+            os.ftruncate(self._file, end)
+        return end
+
+
+def _open_locked(path: Path) -> int:
+    import fcntl  # not everywhere; imported only when a batch runs
+
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended without a line may have removed the file between the two calls.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except OSError as error:
+            os.close(file)
+            if error.errno == errno.EWOULDBLOCK:
+                raise UsageError(
+                    f"{path.parent}: another run is writing there; wait for its end or choose "
+                    "another --out-dir"
+                ) from None
+            raise
+        os.close(file)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line that cannot be read counts for nothing: the output is then known by its own report."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None

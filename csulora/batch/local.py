@@ -1,0 +1,218 @@
+"""The local engine: threads that read, correct and write side by side, joined by bounded queues.
+
+Threads suffice because what takes time, files, digests and matrix products, runs outside Python's
+lock. However many adapters there are, only `batch_bytes` of them are in memory at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from queue import Empty, Queue, SimpleQueue
+from typing import Any
+
+from csulora.backend import pick_device
+from csulora.batch import work
+from csulora.batch.outcome import Done, Run
+from csulora.batch.sources import Item
+from csulora.batch.work import Corrected, Loaded, Sift, Task
+from csulora.subspace import SafetySubspace
+
+READERS = 2
+WRITERS = 8  # they mostly wait for the disk
+QUEUE = 16  # adapters that wait before a stage, if the budget allows as many
+# A result of twice the rank is held beside what was read.
+HELD = 3
+
+
+class LocalEngine:
+    """A started run. `take` gives finished adapters until None; `stop` ends it early."""
+
+    def __init__(
+        self, run: Run, subspace: SafetySubspace, tasks: Iterable[Task], sift: Sift
+    ) -> None:
+        self._run, self._subspace, self._sift = run, subspace, sift
+        self._tasks = iter(tasks)
+        self._next = threading.Lock()
+        self._stopped = threading.Event()
+        self._budget = _Budget(run.call.batch_bytes)
+        self._loaded: Queue[tuple[int, Loaded] | None] = Queue(QUEUE)
+        self._corrected: Queue[tuple[int, Corrected] | None] = Queue(QUEUE)
+        self._done: SimpleQueue[Done | BaseException | None] = SimpleQueue()
+        on_gpu = pick_device(run.call.device).type == "cuda"
+        # A third of the budget on the GPU, a third being read, a third being written.
+        self._group_bytes = run.call.batch_bytes // HELD if on_gpu else 0
+        self._threads = [
+            *self._stage(READERS, self._read, lambda: _put(self._loaded, None, run.call.jobs)),
+            *self._stage(
+                run.call.jobs, self._correct, lambda: _put(self._corrected, None, WRITERS)
+            ),
+            *self._stage(WRITERS, self._write, lambda: self._done.put(None)),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> list[Done] | None:
+        """What is finished since the last call, at least one adapter; None when all are done."""
+        first = self._done.get()
+        if first is None:
+            return None
+        group = [_checked(first)]
+        while not self._done.empty():
+            done = self._done.get()
+            if done is None:
+                self._done.put(None)  # for the next call
+                break
+            group.append(_checked(done))
+        return group
+
+    def stop(self) -> list[Done]:
+        """Begin nothing more, wait for what is being written, and give what was finished."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+        group = []
+        while not self._done.empty():
+            done = self._done.get()
+            if isinstance(done, Done):
+                group.append(done)
+        return group
+
+    def _stage(
+        self, count: int, step: Callable[[], bool], at_end: Callable[[], None]
+    ) -> list[threading.Thread]:
+        """Threads that repeat `step` while it is true; the last of them to end calls `at_end`."""
+        running = count
+        lock = threading.Lock()
+
+        def body() -> None:
+            nonlocal running
+            try:
+                while step():
+                    pass
+            except BaseException as error:
+                self._stopped.set()
+                self._done.put(error)
+                while step():  # now drops what comes, so that the stages before it can end
+                    pass
+            finally:
+                with lock:
+                    running -= 1
+                    last = not running
+                if last:
+                    at_end()
+
+        return [threading.Thread(target=body, daemon=True) for _ in range(count)]
+
+    def _read(self) -> bool:
+        if self._stopped.is_set():
+            return False
+        with self._next:
+            task = next(self._tasks, None)
+        if task is None:
+            return False
+        done = self._sift(task)
+        if done is not None:
+            self._done.put(done)
+            return True
+        held = HELD * work.weights_size(task)
+        self._budget.take(held)
+        loaded = work.read(self._run, task)
+        if isinstance(loaded, Done):
+            self._end(held, loaded)
+            return True
+        if not held:  # a hub id, whose size shows only now
+            held = HELD * loaded.size
+            self._budget.add(held)
+        self._loaded.put((held, loaded))
+        return True
+
+    def _correct(self) -> bool:
+        group = self._group()
+        if not group:
+            return False
+        if self._stopped.is_set():
+            for held, _ in group:
+                self._budget.give(held)
+            return True
+        results = work.correct_group(self._run, self._subspace, [loaded for _, loaded in group])
+        for (held, _), result in zip(group, results, strict=True):
+            if isinstance(result, Done):
+                self._end(held, result)
+            else:
+                self._corrected.put((held, result))
+        return True
+
+    def _group(self) -> list[tuple[int, Loaded]]:
+        """What to correct in one go: all that is read by now, up to its share of the budget."""
+        entry = self._loaded.get()
+        group: list[tuple[int, Loaded]] = []
+        while entry is not None:
+            group.append(entry)
+            if sum(loaded.size for _, loaded in group) >= self._group_bytes:
+                return group
+            try:
+                entry = self._loaded.get_nowait()
+            except Empty:
+                return group
+        if group:
+            self._loaded.put(None)  # for the next call
+        return group
+
+    def _write(self) -> bool:
+        entry = self._corrected.get()
+        if entry is None:
+            return False
+        held, corrected = entry
+        if self._stopped.is_set():
+            self._budget.give(held)
+        else:
+            self._end(held, work.write(self._run, corrected))
+        return True
+
+    def _end(self, held: int, done: Done) -> None:
+        self._budget.give(held)
+        self._done.put(done)
+
+
+class _Budget:
+    """Bytes that may be held at once; whoever asks for more than all of it gets it alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._held = size, 0
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> None:
+        with self._changed:
+            while self._held and self._held + size > self._size:
+                self._changed.wait()
+            self._held += size
+
+    def add(self, size: int) -> None:
+        """Take without waiting, what is there already."""
+        with self._changed:
+            self._held += size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+
+def _checked(done: Done | BaseException) -> Done:
+    if isinstance(done, BaseException):
+        raise done
+    return done
+
+
+def _put(queue: Queue[Any], value: None, times: int) -> None:
+    for _ in range(times):
+        queue.put(value)
+
+
+def start_local(
+    run: Run, subspace: SafetySubspace, items: Sequence[Item], sift: Sift
+) -> LocalEngine:
+    """The local engine at work on all items."""
+    tasks = (Task(number, item) for number, item in enumerate(items))
+    return LocalEngine(run, subspace, tasks, sift)

@@ -1,0 +1,251 @@
+"""The Ray engine: the same steps on the workers of a cluster, one actor a core (or GPU).
+
+The driver keeps the lock, the journal and the progress; workers read sources and write outputs
+themselves, so both have to be on a file system that all nodes see under the same path. The subspace
+goes to the object store once and lies there once a node. A worker that dies costs only what it had in
+hand: those adapters are tried again one by one, each a few times.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from csulora.backend import pick_device
+from csulora.batch import work
+from csulora.batch.local import LocalEngine
+from csulora.batch.outcome import Done, Run
+from csulora.batch.sources import Item
+from csulora.batch.work import Sift, Task
+from csulora.errors import CsuloraError, UsageError
+from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
+
+# A worker gets a quarter of its share of what is left, so that all end together, within limits.
+SHARE = 4
+LARGEST_SHARD = 32
+IN_HAND = 2  # shards a worker has, so that it never waits for the driver
+TRIES = 3
+
+Shard = list[Task]
+
+
+def check_ray() -> None:
+    """Raise UsageError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("the engine ray needs Ray: pip install 'csulora[ray]'")
+
+
+class RayEngine:
+    """A started run on a cluster; see `csulora.batch.Engine`.
+
+    address: of a running cluster, None to start one on this machine.
+    workers: None for one a CPU of the cluster, or a GPU when the run is on "cuda".
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        subspace: SafetySubspace,
+        items: Sequence[Item],
+        sift: Sift,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+    ) -> None:
+        import ray
+
+        self._ray: Any = ray
+        self._run, self._sift = run, sift
+        self._items, self._position = items, 0
+        self._again: deque[Shard] = deque()
+        self._tries: dict[int, int] = {}
+        self._ended: list[Done] = []
+        self._bad_starts = 0
+        self._own_cluster = not ray.is_initialized()
+        if self._own_cluster:
+            _connect(address, workers)
+        self._unit = pick_device(run.call.device).type.replace("cuda", "gpu").upper()
+        self._workers = workers or max(1, int(ray.cluster_resources().get(self._unit, 1)))
+        self._shared = ray.put(_to_arrays(subspace)), os.getcwd()
+        self._greetings: dict[Any, Any] = {}  # reference: worker that has not started yet
+        self._in_hand: dict[Any, tuple[Any, Shard]] = {}  # reference: worker and its shard
+        self._idle: list[Any] = []  # workers that have less than they could
+        for _ in range(self._workers):
+            self._hire()
+
+    def take(self) -> list[Done] | None:
+        """What is finished since the last call; None when all are done."""
+        while not self._ended:
+            if not self._in_hand and not self._left():
+                self._close()
+                return None
+            waiting = [*self._greetings, *self._in_hand]
+            ready, _ = self._ray.wait(waiting, num_returns=1)
+            for reference in ready:
+                self._receive(reference)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self) -> list[Done]:
+        """End the workers at once and clear away what they had begun."""
+        tasks = [task for _, shard in self._in_hand.values() for task in shard]
+        self._close()
+        work.recover([task.item for task in tasks], self._run.call.out_dir)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _hire(self) -> None:
+        """A new worker; it gets work when it has answered."""
+        resources = {"num_cpus": 1, "num_gpus": int(self._unit == "GPU")}
+        worker = self._ray.remote(_Worker).options(**resources).remote(self._run, *self._shared)
+        self._greetings[worker.greet.remote()] = worker
+
+    def _receive(self, reference: Any) -> None:
+        worker = self._greetings.pop(reference, None)
+        shard: Shard = []
+        if worker is None:
+            worker, shard = self._in_hand.pop(reference)
+        try:
+            self._ended += self._ray.get(reference) or []
+        except self._ray.exceptions.RayActorError as error:
+            self._lost(worker, shard, error)
+            return
+        except self._ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        if worker not in self._idle:
+            self._idle.append(worker)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give workers that could do with more of what is left."""
+        for worker in list(self._idle):
+            while self._in_hands_of(worker) < IN_HAND:
+                shard = self._next_shard()
+                if not shard:
+                    return
+                self._in_hand[worker.correct.remote(shard)] = worker, shard
+            self._idle.remove(worker)
+
+    def _in_hands_of(self, worker: Any) -> int:
+        return sum(other is worker for other, _ in self._in_hand.values())
+
+    def _lost(self, worker: Any, shard: Shard, error: Exception) -> None:
+        """A worker is gone: its adapters will be tried again, each alone, by whoever is free."""
+        if not shard:
+            self._bad_starts += 1
+            if self._bad_starts > TRIES * self._workers:
+                raise CsuloraError(f"Ray workers die at their start ({_first_line(error)})")
+        work.recover([task.item for task in shard], self._run.call.out_dir)
+        for task in shard:
+            self._tries[task.number] = self._tries.get(task.number, 0) + 1
+            if self._tries[task.number] < TRIES:
+                self._again.append([task._replace(again=True)])
+            else:
+                text = f"{task.item.source}: its worker died {TRIES} times ({_first_line(error)})"
+                self._ended.append(work.failed(self._run, task, "lost worker", text))
+        self._idle = [other for other in self._idle if other is not worker]
+        # The second shard of the same worker comes back by itself, with the same error.
+        if not self._in_hands_of(worker):
+            self._hire()
+        self._hand_out()
+
+    def _left(self) -> bool:
+        return bool(self._again) or self._position < len(self._items)
+
+    def _next_shard(self) -> Shard:
+        if self._again:
+            return self._again.popleft()
+        left = len(self._items) - self._position
+        size = min(LARGEST_SHARD, max(1, left // (SHARE * self._workers)))
+        shard: Shard = []
+        while len(shard) < size and self._position < len(self._items):
+            task = Task(self._position, self._items[self._position])
+            self._position += 1
+            done = self._sift(task)
+            if done is None:
+                shard.append(task)
+            else:
+                self._ended.append(done)
+        return shard
+
+    def _close(self) -> None:
+        busy = (worker for worker, _ in self._in_hand.values())
+        for worker in {*self._greetings.values(), *busy, *self._idle}:
+            self._ray.kill(worker)
+        self._greetings, self._in_hand, self._idle = {}, {}, []
+        if self._own_cluster:
+            self._ray.shutdown()
+
+
+class _Worker:
+    """Runs in a process of its own, on any node."""
+
+    def __init__(self, run: Run, arrays: dict[str, Any], folder: str) -> None:
+        os.chdir(folder)  # so that relative paths mean what they mean to the driver
+        torch.set_num_threads(1)  # one worker a core
+        self._run = run._replace(call=replace(run.call, jobs=1))
+        self._subspace = _from_arrays(arrays)
+
+    def greet(self) -> None:
+        """Answers once the worker is ready."""
+
+    def correct(self, shard: Shard) -> list[Done]:
+        """The outcomes of a shard, in any order."""
+        engine = LocalEngine(self._run, self._subspace, shard, lambda task: None)
+        done: list[Done] = []
+        while (group := engine.take()) is not None:
+            done += group
+        return done
+
+
+def _connect(address: str | None, workers: int | None) -> None:
+    import ray
+
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except Exception as error:  # Ray raises many kinds here
+        raise UsageError(f"Ray at {address or 'this machine'}: {_first_line(error)}") from None
+
+
+def _to_arrays(subspace: SafetySubspace) -> dict[str, Any]:
+    """As numpy arrays, which every process of a node reads in the object store's own memory."""
+    modules = {
+        name: (m.U.numpy(), m.S.numpy(), m.V.numpy(), m.energy_share, m.fan_in_fan_out)
+        for name, m in subspace.modules.items()
+    }
+    return {"modules": modules, "origin": subspace.origin, "sha256": subspace.sha256}
+
+
+def _from_arrays(arrays: dict[str, Any]) -> SafetySubspace:
+    with warnings.catch_warnings():
+        # The store's memory is read-only, which PyTorch cannot express; nothing here writes to it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        modules = {
+            name: ModuleSubspace(
+                torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(V), share, flipped
+            )
+            for name, (U, S, V, share, flipped) in arrays["modules"].items()
+        }
+    origin: Origin = arrays["origin"]
+    subspace = SafetySubspace(modules, origin)
+    subspace.__dict__["sha256"] = arrays["sha256"]  # that of the file, as the driver knows it
+    return subspace
+
+
+def _cause(error: Any) -> Exception:
+    return error.cause if isinstance(error.cause, CsuloraError) else error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,155 @@
+"""Which adapters a run corrects, and where each goes below the output folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from csulora.batch.journal import FILE as JOURNAL
+from csulora.errors import UsageError
+from csulora.peft_config import FILE as CONFIG
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+class Item(NamedTuple):
+    """One adapter of a run: a folder or hub id, and its output relative to the output folder.
+
+    local: it was there when the arguments were read, so if it vanishes it is not sought on a hub.
+    """
+
+    source: str
+    target: str
+    local: bool = True
+
+
+def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
+    """The adapters that the arguments name, in order.
+
+    An adapter folder or a hub id goes to `<its name>`. A folder that is no adapter but holds some
+    further down stands for all of them, and a pattern (`*`, `?`, `[...]` within a name, `**` for any
+    number of folders) for those that match; they keep their path below that folder, or below the part
+    of the pattern without wildcards. Links to folders are not followed, hidden folders not entered,
+    and an adapter inside another one is not an adapter of its own.
+
+    Raises UsageError for a pattern without a match and where there are no adapters at all.
+    """
+    items: list[Item] = []
+    for argument in arguments:
+        items.extend(_expand(os.fspath(argument)))
+    if not items:
+        raise UsageError("no adapters given")
+    return items
+
+
+def check_targets(items: Iterable[Item], out_dir: Path) -> None:
+    """Raise UsageError if two outputs, or an output and a source, would be in each other's way."""
+    place = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UsageError(f"{place}: exists and is not a folder")
+    origins: dict[str, str] = {}
+    targets: dict[str, str] = {}
+    for source, target, _ in items:
+        if target == JOURNAL:
+            raise UsageError(f"{source}: {JOURNAL} is the name of the journal; rename the adapter")
+        if target in targets:
+            raise UsageError(
+                f"two adapters would be written to {out_dir / target}: {targets[target]} and {source}; "
+                "rename one, or name a folder above both"
+            )
+        targets[target] = source
+        origins[os.path.realpath(source)] = source
+    for target, source in targets.items():
+        for parent in _parents(target):
+            if parent in targets:
+                raise UsageError(
+                    f"{out_dir / target}: the output of {source} would lie within that of "
+                    f"{targets[parent]}; correct them into two folders"
+                )
+    _check_apart(targets, origins, out_dir)
+
+
+def _check_apart(targets: Iterable[str], origins: dict[str, str], out_dir: Path) -> None:
+    """Replacing an output must never replace, or write into, a folder that adapters come from."""
+    around = {parent: source for place, source in origins.items() for parent in _parents(place)}
+    root = os.path.realpath(out_dir)
+    for target in targets:
+        place = os.path.realpath(os.path.join(root, target))
+        hit = around.get(place) or next(
+            (origins[p] for p in (place, *_parents(place)) if p in origins), None
+        )
+        if hit is not None:
+            raise UsageError(
+                f"{out_dir / target}: the output folder is, holds or lies within the adapter {hit}; "
+                "choose another --out-dir"
+            )
+
+
+def _parents(path: str) -> Iterator[str]:
+    while (parent := os.path.dirname(path)) not in ("", path):
+        yield parent
+        path = parent
+
+
+def _expand(argument: str) -> Iterable[Item]:
+    if _MAGIC.search(argument) and not os.path.lexists(argument):
+        return _matches(argument)
+    if os.path.isdir(argument) and not os.path.lexists(os.path.join(argument, CONFIG)):
+        below = [Item(path, os.path.relpath(path, argument)) for path in _adapters(argument, None)]
+        if below:
+            return below
+    name = Path(os.path.abspath(argument)).name
+    return [Item(argument, name, local=os.path.lexists(argument))]
+
+
+def _matches(pattern: str) -> list[Item]:
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    base = os.path.join(*parts[:fixed]) if fixed else "."
+    deepest = None if "**" in parts else len(parts) - fixed
+    items = [
+        Item(path if fixed else relative, relative)
+        for path in (_adapters(base, deepest) if os.path.isdir(base) else ())
+        if _fits((relative := os.path.relpath(path, base)).split(os.sep), parts[fixed:])
+    ]
+    if not items:
+        raise UsageError(f"{pattern}: matches no folder that holds {CONFIG}")
+    return items
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_fits(names[skip:], pattern[1:]) for skip in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def _adapters(base: str, depth: int | None) -> Iterator[str]:
+    """Folders below `base` that hold an adapter configuration, sorted, at most `depth` levels down.
+
+    Without a depth the walk does not go on below an adapter. Raises UsageError for a folder that
+    cannot be listed: what it holds would be passed over in silence.
+    """
+    try:
+        with os.scandir(base) as entries:
+            folders = sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+            )
+    except OSError as error:
+        raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
+    for name in folders:
+        path = os.path.join(base, name)
+        found = os.path.lexists(os.path.join(path, CONFIG))
+        if found:
+            yield path
+        if depth is None and not found:
+            yield from _adapters(path, None)
+        elif depth is not None and depth > 1:
+            yield from _adapters(path, depth - 1)

@@ -1,0 +1,121 @@
+"""Which adapters the arguments name, where each goes, and collisions found before any work."""
+
+import os
+
+import builders
+import pytest
+
+from csulora import UsageError
+from csulora.batch.sources import Item, check_targets, find
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Adapters at several depths, one inside another, one hidden, one behind a link."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/x", "a/y", "b/deep/z", "b/deep/z/checkpoint-5", "c", ".hidden/h"):
+        builders.write_adapter(tmp_path / "in" / place)
+    builders.write_adapter(tmp_path / "elsewhere" / "e")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "empty").mkdir()
+    return tmp_path / "in"
+
+
+def targets(*arguments):
+    return [item.target for item in find(arguments)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("in/**", ["a/x", "a/y", "b/deep/z", "c"]),
+        ("in", ["a/x", "a/y", "b/deep/z", "c"]),
+        ("in/*", ["c"]),
+        ("in/*/*", ["a/x", "a/y"]),
+        ("in/a/?", ["x", "y"]),
+        ("in/[ab]/x", ["a/x"]),
+        ("in/[!a]*/**", ["b/deep/z", "c"]),
+        ("in/**/z", ["b/deep/z"]),
+        ("in/b/*/*/checkpoint-*", ["deep/z/checkpoint-5"]),
+        ("**", ["elsewhere/e", "in/a/x", "in/a/y", "in/b/deep/z", "in/c"]),
+        ("in/a/x", ["x"]),
+        ("in/link/e", ["e"]),
+    ],
+)
+def test_patterns_and_trees(tree, pattern, expected):
+    assert targets(pattern) == expected
+
+
+def test_sources_are_paths_that_exist(tree):
+    for pattern in ("in/**", str(tree / "**"), "in", "**"):
+        for source, target, local in find([pattern]):
+            assert local
+            assert os.path.exists(os.path.join(source, builders.CONFIG))
+            assert source.endswith(target)
+
+
+def test_several_arguments_and_a_hub_id(tree):
+    assert targets("in/c", "org/model", "in/a") == ["c", "model", "x", "y"]
+    assert [item.local for item in find(["in/c", "org/model"])] == [True, False]
+
+
+def test_a_folder_without_adapters_stays_one_source(tree):
+    assert find(["in/empty"]) == [Item("in/empty", "empty")]
+
+
+def test_names_with_wildcards_are_taken_as_they_are_if_they_exist(tree):
+    builders.write_adapter(tree / "odd[1]*")
+    assert targets("in/odd[1]*") == ["odd[1]*"]
+
+
+@pytest.mark.parametrize("pattern", ["in/nothing*", "none/**", "in/**/nothing", "in/empty/**"])
+def test_a_pattern_without_a_match_is_an_error(tree, pattern):
+    with pytest.raises(UsageError, match="matches no folder"):
+        find([pattern])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tree, monkeypatch):
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UsageError, match=r"deep: cannot be listed \(Permission denied\)"):
+        find(["in/**"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["in/a/x", "elsewhere/../in/a/x"], "rename"),
+        (["in/c", "in/a"], "lie within"),  # with the folder below: to c, and to c/below
+        (["in/**", "in/*/*"], "rename"),
+        (["in/c", "in/c"], "rename"),
+    ],
+)
+def test_collisions_before_any_work(tree, arguments, word, capsys, tmp_path):
+    if word == "lie within":
+        builders.write_adapter(tree / "a" / "c" / "below")
+    subspace = builders.write_subspace(tmp_path / "s.safetensors")
+    out = tmp_path / "out"
+    result = builders.run(capsys, "correct", *arguments, "--subspace", subspace, "--out-dir", out)
+    assert (result.code, len(result.complaints)) == (2, 1), result.err
+    assert word in result.complaints[0]
+    assert not out.exists()
+
+
+def test_an_adapter_named_like_the_journal(tmp_path):
+    with pytest.raises(UsageError, match="name of the journal"):
+        check_targets([Item("x/" + builders.JOURNAL, builders.JOURNAL)], tmp_path)
+
+
+def test_outputs_mirror_the_tree(tree, capsys, tmp_path):
+    subspace = builders.write_subspace(tmp_path / "s.safetensors")
+    arguments = ("--subspace", subspace, "--out-dir", tmp_path / "out")
+    assert builders.run(capsys, "correct", "in/**", *arguments).code == 0
+    found = sorted((tmp_path / "out").rglob(builders.REPORT))
+    places = [str(path.parent.relative_to(tmp_path / "out")) for path in found]
+    assert places == ["a/x", "a/y", "b/deep/z", "c"]
