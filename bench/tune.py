@@ -84,12 +84,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     for r in map(int, arguments.ranks.split(",")):
+        if arguments.dry:
+            tune(Workload.of("toy", 2, r, "exact"), device, no_clock, 2)
+            continue
         for rank in ("exact", "same"):
-            if arguments.dry:
-                tune(Workload.of("toy", 2, r, rank), device, no_clock, 2)
-            else:
-                work = Workload.of("llama-3.1-8b", arguments.adapters, r, rank)
-                tune(work, device, cuda_clock, None)
+            work = Workload.of("llama-3.1-8b", arguments.adapters, r, rank)
+            tune(work, device, cuda_clock, None)
 
 
 if __name__ == "__main__":

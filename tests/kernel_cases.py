@@ -58,6 +58,7 @@ CASES = {
     "splits": Case(((1100, 600, 7), (40, 530, 3)), (3, 8), F16, processors=64),
     "many directions": Case(((280, 264, 256), (120, 110, 100)), (8, 1), F16),
     "rank 40": Case(((150, 120, 100), (90, 100, 7)), (40, 3), torch.float32),
+    "same, rank 40": Case(((90, 70, 7),), (40,), rank="same"),
     "rank 64": Case(((96, 100, 7),), (64,), F16, (1, 2, 3, 4), "component"),
     "rank 128": Case(((140, 136, 64),), (128,), B16),
     "same": Case(((40, 36, 7), (33, 50, 1)), (3,), rank="same"),
@@ -76,7 +77,6 @@ CASES = {
 }
 # Minutes under the interpreter.
 SLOW = {
-    "same, rank 40": Case(((90, 70, 7),), (40,), rank="same"),
     "same, rank 128": Case(
         ((140, 132, 7),), (128,), B16, (0, 10, 10, 10), "component", rank="same"
     ),

@@ -33,7 +33,7 @@ def test_every_stage_is_as_exact_as_promised(name):
     assert interpreted(str(HERE / "kernel_cases.py"), name).startswith(name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", kernel_cases.SLOW)
 def test_large_ranks_are_as_exact(name):
     pytest.importorskip("triton")

@@ -1,7 +1,7 @@
 """Compiled for GPUs on a machine without one: registers, spills, load widths, tensor-core instructions.
 
-The default set covers every kernel, type and form on sm_80 and sm_90; `-m slow` adds every tile that
-the chooser can return, sm_100, and both granularities.
+The default set covers every kernel, type and form on sm_80 and sm_90; `-m exhaustive` adds every tile
+that the chooser can return, sm_100, and both granularities.
 """
 
 import itertools
@@ -189,10 +189,11 @@ def print_table(chosen, facts):
         )
 
 
+@pytest.mark.slow
 def test_compiled_kernels_do_not_spill_and_load_whole_vectors(tmp_path, capsys):
     check(representative(), tmp_path, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_tile_of_the_chooser_compiles_as_well(tmp_path, capsys):
     check(everything(), tmp_path, capsys)
