@@ -137,6 +137,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
             EMULATE=_interpreted(project_kernel),
             num_warps=tiles.project.warps,
             num_stages=tiles.project.stages,
+            maxnreg=tiles.project.registers,
         )
         if ws.splits > 1:
             block = 1024
@@ -244,6 +245,7 @@ def recompose(
             PRECISION=precision,
             num_warps=tiles.recompose.warps,
             num_stages=tiles.recompose.stages,
+            maxnreg=tiles.recompose.registers,
         )
     return out
 

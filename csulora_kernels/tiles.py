@@ -26,6 +26,7 @@ class Launch:
     block_k: int  # directions at a time
     warps: int
     stages: int
+    registers: int | None = None  # a thread's limit, where the compiler's own choice spills
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def choose(
     K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
     group = max(1, 64 // R) if adapters > 1 else 1
-    project, recompose = launches(R, K, dtype, capability)
+    project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
     groups = -(-adapters // group) * (K // project.block_k)
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
@@ -78,6 +79,9 @@ def choose(
         split_length //= 2
     d_tiles = sum(-(-d // recompose.block_d) for d in lengths)
     shares = min(max(1, adapters), -(-8 * processors // max(1, d_tiles)))
+    # From sm_100 on float64 products run outside the tensor cores and take more registers.
+    solve_tile = min(R, 32 if capability < 100 else 16)
+    solve_warps = {16: 1, 32: 4}.get(R, 8) if capability < 100 else (2 if R <= 32 else 8)
     per_processor = {16: 8, 32: 2}  # what the registers allow
     return Tiles(
         R=R,
@@ -85,8 +89,8 @@ def choose(
         group=group,
         project=project,
         split_length=split_length,
-        solve_tile=min(R, 32),
-        solve_warps={16: 1, 32: 4}.get(R, 8),
+        solve_tile=solve_tile,
+        solve_warps=solve_warps,
         solve_registers=255 if R <= 32 else 232,
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
         recompose=recompose,
@@ -96,15 +100,19 @@ def choose(
 
 
 @lru_cache
-def launches(R: int, K: int, dtype: torch.dtype, capability: int) -> tuple[Launch, Launch]:
+def launches(
+    R: int, group: int, K: int, dtype: torch.dtype, capability: int
+) -> tuple[Launch, Launch]:
     """(project, recompose): the largest tiles that the compiler fits into registers."""
     wide = dtype == torch.float32
-    project = Launch(
-        block_d=16 if wide else 32,
-        block_k=32 if wide and R == 128 else 64,
-        warps=8 if R == 128 else 4,
-        stages=3,
-    )
+    # 16 columns alone need a longer tile, for each thread to load 16 bytes of it.
+    block_d = (16 if wide else 32) * (2 if R * group == 16 else 1)
+    project = Launch(block_d, block_k=64, warps=8 if R == 128 else 4, stages=3)
+    if wide and R == 128 and capability >= 100:
+        project = Launch(block_d=32, block_k=32, warps=8, stages=3)
+    elif wide and R == 128 and capability < 90:
+        # No tile of this one is free of spills: the Gram matrix alone fills the registers.
+        project = Launch(block_d=16, block_k=64, warps=8, stages=1)
     # A basis tile of all directions stays in registers from adapter to adapter where it fits.
     resident = K == DIRECTIONS and R <= 32 and not wide
     recompose = Launch(
@@ -112,5 +120,6 @@ def launches(R: int, K: int, dtype: torch.dtype, capability: int) -> tuple[Launc
         block_k=64 if resident else 32,
         warps=8 if R >= 64 and not wide and capability < 90 else 4,
         stages=2,
+        registers=168 if capability >= 100 else None,
     )
     return project, recompose
