@@ -18,6 +18,12 @@ LLAMA_3_1_8B = {
     "mlp.down_proj": (4096, 14336),
 }
 LLAMA_3_1_8B_LAYERS = 32
+LLAMA_2_7B = {
+    **{f"self_attn.{kind}_proj": (4096, 4096) for kind in "qkvo"},
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
 LLAMA_3_2_1B = {
     "self_attn.q_proj": (2048, 2048),
     "self_attn.k_proj": (512, 2048),
@@ -32,6 +38,7 @@ TINY = {"self_attn.q_proj": (256, 256), "self_attn.v_proj": (128, 256)}
 # By name: the linear modules of one layer, and the number of layers.
 MODELS = {
     "llama-3.1-8b": (LLAMA_3_1_8B, LLAMA_3_1_8B_LAYERS),
+    "llama-2-7b": (LLAMA_2_7B, 32),
     "llama-3.2-1b": (LLAMA_3_2_1B, 16),
     "tiny": (TINY, 4),
 }

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+import csulora_kernels
 from csulora.errors import UsageError
 
+Backend = Literal["torch", "triton"]
 
-def check_backend(backend: str) -> None:
-    """Refuse a backend that cannot run: an explicit choice works or fails, it never falls back.
 
-    "auto" and "torch" both take the PyTorch reference; there are no Triton kernels to choose yet.
+def pick_backend(backend: str, device: torch.device) -> Backend:
+    """ "torch" or "triton" for work on that device.
+
+    "auto" takes Triton on CUDA and torch elsewhere. An explicit choice works or fails: UsageError says
+    why Triton cannot run there.
     """
     if backend not in ("auto", "torch", "triton"):
         raise UsageError(f"backend must be auto, torch or triton, not {backend!r}")
-    if backend == "triton":
-        raise UsageError("backend triton is not available in this version; use torch")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    reason = csulora_kernels.unavailable(device)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    raise UsageError(f"backend triton cannot run: {reason}")
+
+
+def check_backend(backend: str, device: str = "auto") -> None:
+    """Raise UsageError for a backend that cannot run on the device of that name."""
+    pick_backend(backend, pick_device(device))
 
 
 def pick_device(device: str) -> torch.device:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csulora import careful, reference
+from csulora import careful, packed, reference
 from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
-from csulora.backend import check_backend, pick_device
+from csulora.backend import pick_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
 from csulora.factors import Place, allocate, balance, store
 from csulora.names import match_modules
@@ -59,8 +59,12 @@ def correct(
     correction = correction or Correction()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    check_backend(backend)
     place = pick_device(device)
+    if pick_backend(backend, place) == "triton":
+        (result,) = _correct_packed([adapter], subspace, correction, dtype, portable, place)
+        if isinstance(result, CsuloraError):
+            raise result
+        return result
     form = _Form.of(adapter, correction, dtype, portable)
     tasks = _tasks(adapter, subspace)
     memory = allocate({task.name: form.place(task) for task in tasks})
@@ -100,22 +104,22 @@ def correct_batch(
 ) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
     """`correct` for each adapter, in order; one that cannot be corrected gives its error in its place.
 
+    Triton takes all of them in one launch a stage, so all must fit in the device's memory: four times
+    their bytes, besides the subspace, which stays there with `subspace` for the next call.
+
     Raises UsageError for an unknown option.
     """
+    correction = correction or Correction()
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    place = pick_device(device)
+    if pick_backend(backend, place) == "triton":
+        return _correct_packed(adapters, subspace, correction, dtype, portable, place)
     results: list[tuple[LoraAdapter, Report] | CsuloraError] = []
+    options: dict[str, Any] = {"dtype": dtype, "portable": portable, "device": device}
     for adapter in adapters:
         try:
-            results.append(
-                correct(
-                    adapter,
-                    subspace,
-                    correction,
-                    dtype=dtype,
-                    portable=portable,
-                    backend=backend,
-                    device=device,
-                )
-            )
+            results.append(correct(adapter, subspace, correction, backend="torch", **options))
         except UsageError:
             raise
         except CsuloraError as error:
@@ -192,11 +196,80 @@ def origins(
     }
 
 
+def _correct_packed(
+    adapters: Sequence[LoraAdapter],
+    subspace: SafetySubspace,
+    correction: Correction,
+    dtype: torch.dtype | None,
+    portable: bool,
+    device: torch.device,
+) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
+    """`correct_batch` by the Triton kernels; adapters of one working type go together."""
+    results: dict[int, tuple[LoraAdapter, Report] | CsuloraError] = {}
+    groups: dict[torch.dtype, list[tuple[int, _Form, list[_Task]]]] = {}
+    for i, adapter in enumerate(adapters):
+        try:
+            form, tasks = _Form.of(adapter, correction, dtype, portable), _tasks(adapter, subspace)
+            widest = max((task.module.rank for task in tasks), default=0)
+            if widest > packed.MAX_RANK or not tasks:
+                options: dict[str, Any] = {"dtype": dtype, "portable": portable}
+                done, report = correct(
+                    adapter, subspace, correction, backend="torch", device=str(device), **options
+                )
+                note = [f"rank {widest} is above {packed.MAX_RANK}: corrected by torch, not Triton"]
+                results[i] = done, replace(report, warnings=report.warnings + note * bool(tasks))
+            else:
+                groups.setdefault(form.working_type(), []).append((i, form, tasks))
+        except CsuloraError as error:
+            results[i] = error
+    for work, members in groups.items():
+        batch = [[task.update(subspace) for task in tasks] for _, _, tasks in members]
+        found = packed.correct_updates(batch, subspace, correction, work, device)
+        for (i, form, tasks), one in zip(members, found, strict=True):
+            try:
+                results[i] = (
+                    one if isinstance(one, CsuloraError) else _unpack(form, tasks, one, subspace)
+                )
+            except CsuloraError as error:
+                results[i] = error
+    return [results[i] for i in range(len(adapters))]
+
+
+def _unpack(
+    form: _Form, tasks: list[_Task], found: packed.Corrected, subspace: SafetySubspace
+) -> tuple[LoraAdapter, Report]:
+    """The adapter and report that `correct` returns, from the factors that the kernels wrote."""
+    memory = allocate({task.name: form.place(task) for task in tasks})
+    care = form.needs_care(tasks, found.held, found.amplification)
+    spoiled = _solve_carefully(tasks, found.cores, care, form)
+    modules: dict[str, LoraModule] = {}
+    reports: dict[str, ModuleReport] = {}
+    for i, task in enumerate(tasks):
+        if found.factors is None:
+            B, A = task.module.B, task.module.A
+        elif task.name in spoiled:
+            B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
+        else:
+            B, A = found.factors[i]
+        modules[task.name] = _finish(task, B, A, form, memory[task.name])
+        figures = {name: getattr(found.cores, name)[i : i + 1] for name in reference.FIGURES}
+        reports |= _group_reports([task], found.cores._replace(**figures), form)
+    source, portable = form.source, form.portable_rank is not None
+    return form.adapter(modules), _report(
+        source, reports, origins(source, subspace, form.correction, form.dtype, portable)
+    )
+
+
 class _Task(NamedTuple):
     name: str
+    target: str  # its name in the subspace
     module: LoraModule
     U: Tensor  # (d_out, k)
     V: Tensor  # (d_in, k)
+
+    def update(self, subspace: SafetySubspace) -> packed.Update:
+        transposed = self.U is not subspace.modules[self.target].U
+        return packed.Update(self.name, self.target, transposed, self.module.B, self.module.A)
 
 
 class _Form(NamedTuple):
@@ -241,6 +314,15 @@ class _Form(NamedTuple):
         limit = torch.where(torch.tensor(half, device=held.device), STORING_LIMIT, COMPUTING_LIMIT)
         return ~held | (amplification.computing > COMPUTING_LIMIT) | (amplification.storing > limit)
 
+    def working_type(self) -> torch.dtype:
+        """Of the factors that kernels read and write: bfloat16 only where nothing is done to it later.
+
+        float16 goes through float32, as its few exponents have to be evened out before rounding.
+        """
+        found = {X.dtype for m in self.source.modules.values() for X in (m.B, m.A)}
+        plain = self.portable_rank is None and self.dtype in (None, torch.bfloat16)
+        return torch.bfloat16 if plain and found == {torch.bfloat16} else torch.float32
+
     def place(self, task: _Task) -> Place:
         module = task.module
         r = self.rank(module)
@@ -266,7 +348,12 @@ def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
         for name, module in adapter.modules.items()
     )
     return [
-        _Task(name, module.detached(), *_bases(name, module, matches[name], subspace, flipped))
+        _Task(
+            name,
+            matches[name],
+            module.detached(),
+            *_bases(name, module, matches[name], subspace, flipped),
+        )
         for name, module in adapter.modules.items()
     ]
 

@@ -1,17 +1,21 @@
-"""Estimating the subspace: both checkpoints are streamed, one pair of weights at a time."""
+"""Estimating the subspace: both checkpoints are streamed, a pair of weights at a time, the next pair
+being read while one is worked on."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from csulora.adapter import LoraAdapter
-from csulora.backend import pick_device
+from csulora.backend import pick_backend, pick_device
 from csulora.checkpoint import Checkpoint
+from csulora.displacement import Displacement, energy_of
 from csulora.errors import CsuloraError, UsageError
 from csulora.files import tensor_bytes
 from csulora.names import ends_with, match_modules
@@ -41,6 +45,7 @@ def estimate_subspace(
     like: LoraAdapter | str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str = "auto",
+    backend: str = "auto",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> SafetySubspace:
     """Leading singular triplets of W_aligned - W_base for each selected module.
@@ -52,6 +57,7 @@ def estimate_subspace(
             linear weight except embeddings and the output head.
         like: take the modules (and the orientation of their weights) from this adapter.
         seed: of the randomized SVD; the same seed gives the same bytes.
+        backend: "auto", "torch" or "triton", of the products with W_aligned - W_base.
         progress: called with (modules done, modules in all, name of the module just done).
 
     Raises CsuloraError for missing or ill-shaped weights, NaN or Inf, or checkpoints that do not
@@ -62,13 +68,17 @@ def estimate_subspace(
     adapter = like if isinstance(like, LoraAdapter) or like is None else _load_like(like)
     selected = _select(*pair, modules, adapter)
     place = pick_device(device)
+    triton = pick_backend(backend, place) == "triton"
     digests = hashlib.sha256(), hashlib.sha256()
     found: dict[str, ModuleSubspace] = {}
-    for done, (name, transposed) in enumerate(selected.items(), start=1):
-        D = _displacement(pair, name, digests, place)
+    for done, (name, weights) in enumerate(_read_ahead(pair, selected, digests), start=1):
+        D = _displacement(pair, name, weights, place, triton)
+        del weights
+        transposed = selected[name]
         found[name] = _module_subspace(
             D.mT if transposed else D, name, rank, energy, seed, transposed
         )
+        del D  # before the next pair arrives
         if progress is not None:
             progress(done, len(selected), name)
     if not any(module.S.numel() for module in found.values()):
@@ -170,22 +180,66 @@ def _check_pair(base: Checkpoint, aligned: Checkpoint, name: str) -> None:
         )
 
 
+def _read_ahead(
+    pair: tuple[Checkpoint, Checkpoint], names: Iterable[str], digests: tuple
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each name with both weights as stored, read by a second thread one module ahead.
+
+    Both digests are updated, in the order of the names.
+    """
+
+    def read(name: str) -> tuple[Tensor, Tensor]:
+        base, aligned = (
+            _read(checkpoint, name, digest)
+            for checkpoint, digest in zip(pair, digests, strict=True)
+        )
+        return base, aligned
+
+    ahead: deque[tuple[str, Future[tuple[Tensor, Tensor]]]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        for name in names:
+            ahead.append((name, reader.submit(read, name)))
+            if len(ahead) > 1:
+                yield _waited(*ahead.popleft())
+        while ahead:
+            yield _waited(*ahead.popleft())
+
+
+def _waited(name: str, weights: Future[tuple[Tensor, Tensor]]) -> tuple[str, tuple[Tensor, Tensor]]:
+    return name, weights.result()
+
+
+def _read(checkpoint: Checkpoint, name: str, digest: hashlib._Hash) -> Tensor:
+    stored = checkpoint.read(name)
+    entry = checkpoint.weights[name]
+    digest.update(f"{entry.name}\0{entry.dtype}\0{tuple(entry.shape)}\0".encode())
+    digest.update(tensor_bytes(stored))
+    return stored
+
+
 def _displacement(
-    pair: tuple[Checkpoint, Checkpoint], name: str, digests: tuple, device: torch.device
-) -> Tensor:
-    """D of one module in float32, in the orientation of the checkpoint; updates both digests."""
-    weights = []
-    for checkpoint, digest in zip(pair, digests, strict=True):
-        stored = checkpoint.read(name)
-        entry = checkpoint.weights[name]
-        digest.update(f"{entry.name}\0{entry.dtype}\0{tuple(entry.shape)}\0".encode())
-        digest.update(tensor_bytes(stored))
-        weight = stored.to(device, torch.float32)
-        if not bool(torch.isfinite(weight.sum()) or torch.isfinite(weight).all()):
+    pair: tuple[Checkpoint, Checkpoint],
+    name: str,
+    weights: tuple[Tensor, Tensor],
+    device: torch.device,
+    triton: bool,
+) -> Tensor | Displacement:
+    """D of one module in the orientation of the checkpoint: in float32, or as its two weights."""
+    base, aligned = (W.to(device) if triton else W.to(device, torch.float32) for W in weights)
+    for checkpoint, W in zip(pair, (base, aligned), strict=True):
+        # A sum is one cheap pass; only a suspicious one is worth looking at entry by entry.
+        if not bool(torch.isfinite(W.sum(dtype=torch.float32)) or torch.isfinite(W).all()):
+            entry = checkpoint.weights[name]
             raise CsuloraError(f"{entry.file}: tensor {entry.name} holds NaN or Inf")
-        weights.append(weight)
-    D = weights[1].sub_(weights[0])
-    if float(torch.linalg.vector_norm(D)) > LARGEST:
+    D: Tensor | Displacement
+    if triton:
+        if base.dtype != aligned.dtype:
+            base, aligned = base.float(), aligned.float()
+        D = Displacement(base, aligned)
+    else:
+        D = aligned.sub_(base)
+    if float(energy_of(D)) > LARGEST**2:
+        entry = pair[1].weights[name]
         raise CsuloraError(
             f"{entry.file}: tensor {entry.name} is further than {LARGEST:g} from the base model's; "
             "no fine-tuning moves a weight that far"
@@ -194,7 +248,12 @@ def _displacement(
 
 
 def _module_subspace(
-    D: Tensor, name: str, rank: int, energy: float | None, seed: int, transposed: bool
+    D: Tensor | Displacement,
+    name: str,
+    rank: int,
+    energy: float | None,
+    seed: int,
+    transposed: bool,
 ) -> ModuleSubspace:
     # Seeded by name, so that a module's subspace does not depend on which others are selected.
     key = hashlib.sha256(f"{seed}\0{name}".encode()).digest()

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csulora.displacement import Displacement, energy_of
+
 OVERSAMPLING = 16
 # Stop when the energy of the leading k directions that is still missing is below this share of it.
 MISSING = 2e-4
@@ -30,9 +32,13 @@ class Triplets(NamedTuple):
 
 
 def top_triplets(
-    D: Tensor, generator: torch.Generator, *, rank: int, energy_share: float | None = None
+    D: Tensor | Displacement,
+    generator: torch.Generator,
+    *,
+    rank: int,
+    energy_share: float | None = None,
 ) -> Triplets:
-    """The leading singular triplets of D (m, n) in float32.
+    """The leading singular triplets of D (m, n), float32 or a difference that is never stored.
 
     Args: `rank` directions; or, with `energy_share` in (0, 1], as many as hold that share of
     ||D||_F^2 (`rank` is then only the block size). `generator` draws the start block on the CPU, so
@@ -42,10 +48,10 @@ def top_triplets(
     """
     wide = D.shape[0] < D.shape[1]
     T = D.mT if wide else D  # tall: the Krylov basis lives on the smaller side
-    # Row by row: one float32 sum over millions of entries would be off by 1e-5 and more.
-    total = float(torch.linalg.vector_norm(T, dim=1).double().square().sum())
+    total = float(energy_of(T))
     if total == 0:
-        return Triplets(D.new_zeros(D.shape[0], 0), D.new_zeros(0), D.new_zeros(D.shape[1], 0), 0.0)
+        zeros = torch.zeros(max(T.shape), 0, device=T.device)
+        return Triplets(zeros[: D.shape[0]], zeros[0], zeros[: D.shape[1]], 0.0)
     left, S, right = _krylov(T, generator, rank, energy_share, total)
     keep = _count(S, rank, energy_share, total, max(T.shape))
     left, right = _fix_signs(left[:, :keep], right[:, :keep])
@@ -54,7 +60,11 @@ def top_triplets(
 
 
 def _krylov(
-    T: Tensor, generator: torch.Generator, rank: int, energy_share: float | None, total: float
+    T: Tensor | Displacement,
+    generator: torch.Generator,
+    rank: int,
+    energy_share: float | None,
+    total: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = T.shape[1]
     block = min(n, min(rank, n) + OVERSAMPLING)
@@ -124,7 +134,7 @@ def _rayleigh_ritz(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tenso
     return Q @ left, S, V * torch.sign(R.diagonal())
 
 
-def _dense(T: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(T: Tensor | Displacement, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same from all of T^T T: in float64 it resolves every singular value above float32 noise, in a
     fraction of the time of a decomposition of T."""
     exact = T.double()

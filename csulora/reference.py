@@ -117,15 +117,15 @@ def solve_with_amplification(
     total = torch.stack([G_B * rows * columns, G_A / rows / columns])
     G_B, G_A = torch.stack([inside, _positive(total - inside)], dim=1)
     cores = solve_grams(G_B, G_A, correction)
-    amplification = _amplification(G_B, G_A, cores)
+    amplified = amplification(G_B, G_A, cores)
     # Back to the gauge of the factors: B K A = (B T) (T^-1 K T) (T^-1 A).
     X_in, X_out, Y_in, Y_out = cores[:4]
     Y_in, Y_out = Y_in / columns, Y_out / columns
     if X_in is None or X_out is None:
         both = torch.cat([rows, rows], dim=-2)
-        return cores._replace(Y_in=both * Y_in, Y_out=both * Y_out), amplification
+        return cores._replace(Y_in=both * Y_in, Y_out=both * Y_out), amplified
     cores = cores._replace(X_in=rows * X_in, X_out=rows * X_out, Y_in=Y_in, Y_out=Y_out)
-    return cores, amplification
+    return cores, amplified
 
 
 def even_gauge(left: Tensor, right: Tensor) -> Tensor:
@@ -238,7 +238,13 @@ class _Sides(NamedTuple):
     A: Tensor
 
 
-def _amplification(G_B: Tensor, G_A: Tensor, cores: Cores) -> Amplification:
+def amplification(
+    G_B: Tensor, G_A: Tensor, cores: Cores, used: Tensor | None = None
+) -> Amplification:
+    """How much `recompose` would amplify rounding errors, from Gram matrices as in `solve_grams`.
+
+    used: (..., r), False for columns that are padding.
+    """
     X_in, X_out, Y_in, Y_out = cores[:4]
     if X_in is None or X_out is None:
         eye = torch.eye(G_B.shape[-1], dtype=G_B.dtype, device=G_B.device).expand(G_B.shape[1:])
@@ -263,15 +269,16 @@ def _amplification(G_B: Tensor, G_A: Tensor, cores: Cores) -> Amplification:
     computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
     if cores.X_in is not None:
         # The fit divides by its systems; where they are singular it divides rounding errors by noise.
-        singular = (_smallest_correlation(G_B.sum(0)) < 1e-5) | (
-            _smallest_correlation(G_A.sum(0)) < 1e-5
-        )
+        smallest = [_smallest_correlation(G.sum(0), used) for G in (G_B, G_A)]
+        singular = torch.minimum(*smallest) < 1e-5
         computing = torch.where(singular & (energy > 0), math.inf, computing)
     return Amplification(computing, storing)
 
 
-def _smallest_correlation(G: Tensor) -> Tensor:
+def _smallest_correlation(G: Tensor, used: Tensor | None) -> Tensor:
     """Smallest eigenvalue of a Gram matrix (..., r, r) after its columns are scaled to norm 1."""
+    if used is not None:
+        G = G + torch.diag_embed((~used).to(G.dtype))
     scale = G.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
     return torch.linalg.eigvalsh(G * scale[..., None] * scale[..., None, :])[..., 0]
 

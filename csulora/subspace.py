@@ -26,6 +26,7 @@ from csulora.files import (
 
 if TYPE_CHECKING:
     from csulora.adapter import LoraAdapter
+    from csulora_kernels import Basis
 
 FORMAT = "csulora_subspace/1"
 # Larger than float32 rounding, smaller than what a bfloat16 basis shows (about 4e-3).
@@ -161,6 +162,11 @@ class SafetySubspace:
         for chunk in safetensors_chunks(self._tensors(), self._metadata()):
             digest.update(chunk)
         return digest.hexdigest()
+
+    @cached_property
+    def packed(self) -> dict[torch.device, Basis]:
+        """The bases in the layout of the kernels, on each device that has asked for them."""
+        return {}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

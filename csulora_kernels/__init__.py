@@ -12,24 +12,32 @@ from csulora_kernels.api import (
     project,
     recompose,
     solve,
+    unavailable,
     workspace,
 )
+from csulora_kernels.displacement import displacement_product
 from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
+from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
 __all__ = [
+    "MAX_RANK",
     "Basis",
     "Cores",
     "Penalties",
     "Projection",
     "Result",
     "Table",
+    "Tiles",
     "Workspace",
+    "choose",
     "correct",
+    "displacement_product",
     "empty_like",
     "pack",
     "pack_basis",
     "project",
     "recompose",
     "solve",
+    "unavailable",
     "workspace",
 ]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from csulora_kernels import plan
-from csulora_kernels.layout import Basis, Table, empty_like, power_of_two_divisor
-from csulora_kernels.tiles import BLOCK_K, MAX_RANK, Tiles, choose
+from csulora_kernels.layout import Basis, Shape, Table, empty_like
+from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose
 
 
 class Projection(NamedTuple):
@@ -65,6 +65,7 @@ class Workspace:
 
     tiles: Tiles
     same: bool
+    shapes: tuple[Shape, ...]
     project_work: Tensor  # (programs, 7) int32
     recompose_work: Tensor  # (programs, 5) int32
     splits: int
@@ -74,13 +75,19 @@ class Workspace:
 
 
 def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = None) -> Workspace:
-    """All memory that `correct` needs for tables of this layout besides `out`; ranks to 128."""
+    """All memory that `correct` needs for tables of this layout besides `out`.
+
+    Raises ValueError for a rank above 128 and RuntimeError where the kernels cannot run.
+    """
     _check(table, basis)
+    reason = unavailable(table.data.device)
+    if reason is not None:
+        raise RuntimeError(reason)
     same = _checked_rank(penalties)
     device = table.data.device
     N, M = len(table.slots), len(table.shapes)
     if tiles is None:
-        capability, processors = _hardware(device)
+        capability, processors = hardware(device)
         tiles = choose(table.shapes, N, table.max_rank, table.data.dtype, capability, processors)
     if tiles.R > MAX_RANK:
         raise ValueError(f"rank {table.max_rank}: a workspace is for ranks up to {MAX_RANK}")
@@ -88,6 +95,7 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
     return Workspace(
         tiles,
         same,
+        table.shapes,
         plan.project_work(table.shapes, N, tiles).to(device),
         plan.recompose_work(table.shapes, N, tiles).to(device),
         splits,
@@ -100,15 +108,16 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
 def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     """P, Q and the Gram matrices of every module of every adapter. One launch, and one that adds
     partial sums where a side was cut."""
-    from csulora_kernels.project import add_splits_kernel, project_kernel
+    from csulora_kernels._project import add_splits_kernel, project_kernel
 
     ws, tiles = workspace, workspace.tiles
+    _check(table, basis)
+    _check_workspace(table, ws)
     result = Projection(*(X[0] for X in ws.partial))
     N, M = len(table.slots), len(table.shapes)
     if ws.project_work.shape[0] == 0:
         return result
-    vec_r, vec_d = _alignments(table)
-    with _on(table.data):
+    with on_device(table.data):
         project_kernel[(ws.project_work.shape[0],)](
             table.data,
             basis.data,
@@ -121,13 +130,14 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
             K=tiles.K,
             R=tiles.R,
             GROUP=tiles.group,
-            BLOCK_K=BLOCK_K,
+            BLOCK_K=tiles.project.block_k,
             BLOCK_D=tiles.project.block_d,
-            VEC_R=vec_r,
-            VEC_D=vec_d,
-            EMULATE=_interpreted(project_kernel, table.data),
+            VEC_R=table.vec_r,
+            VEC_D=table.vec_d,
+            EMULATE=_interpreted(project_kernel),
             num_warps=tiles.project.warps,
             num_stages=tiles.project.stages,
+            maxnreg=tiles.project.registers,
         )
         if ws.splits > 1:
             block = 1024
@@ -146,7 +156,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
 
 def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Cores:
     """The cores of the corrected updates and their energies. One launch."""
-    from csulora_kernels.solve import solve_kernel
+    from csulora_kernels._solve import solve_kernel
 
     ws, tiles = workspace, workspace.tiles
     if _checked_rank(penalties) != ws.same:
@@ -155,8 +165,7 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
     n_entries = c.energy.numel()
     if n_entries == 0:
         return c
-    _interpreted(solve_kernel, projection.P)
-    with _on(projection.P):
+    with on_device(projection.P):
         solve_kernel[(ws.scratch.shape[0],)](
             *projection,
             c.X_in if c.X_in is not None else c.Y_in,
@@ -183,6 +192,7 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
             SAME=ws.same,
             num_warps=tiles.solve_warps,
             num_stages=1,
+            maxnreg=tiles.solve_registers,
         )
     return c
 
@@ -197,20 +207,20 @@ def recompose(
     out: Table | None = None,
 ) -> Table:
     """The corrected factors, rank 2r (exact) or r (same), in the table's type. One launch."""
-    from csulora_kernels.recompose import recompose_kernel
+    from csulora_kernels._recompose import recompose_kernel
 
     ws, tiles = workspace, workspace.tiles
     factor = 1 if ws.same else 2
     if out is None:
         out = empty_like(table, factor)
     _check_out(table, out, factor)
+    _check_workspace(table, ws)
     if ws.recompose_work.shape[0] == 0:
         return out
     precision = "tf32x3" if table.data.dtype == torch.float32 else "bf16x3"
-    if _interpreted(recompose_kernel, table.data):
+    if _interpreted(recompose_kernel):
         precision = "ieee"  # the interpreter knows no bf16x3
-    vec_r, vec_d = _alignments(table)
-    with _on(table.data):
+    with on_device(table.data):
         recompose_kernel[(ws.recompose_work.shape[0],)](
             table.data,
             out.data,
@@ -226,14 +236,16 @@ def recompose(
             len(table.shapes),
             K=tiles.K,
             R=tiles.R,
-            BLOCK_K=BLOCK_K,
+            T=tiles.recompose_tile,
+            BLOCK_K=tiles.recompose.block_k,
             BLOCK_D=tiles.recompose.block_d,
-            VEC_R=vec_r,
-            VEC_D=vec_d,
+            VEC_R=table.vec_r,
+            VEC_D=table.vec_d,
             SAME=ws.same,
             PRECISION=precision,
             num_warps=tiles.recompose.warps,
             num_stages=tiles.recompose.stages,
+            maxnreg=tiles.recompose.registers,
         )
     return out
 
@@ -299,12 +311,11 @@ def _core_buffers(N: int, M: int, K: int, R: int, same: bool, device: torch.devi
 
 
 def _scratch(programs: int, R: int, device: torch.device) -> Tensor:
-    matrices = 26  # csulora_kernels.solve.SCRATCH_MATRICES, which this file must not import
-    return torch.empty(programs, matrices, R, R, dtype=torch.float64, device=device)
+    return torch.empty(programs, SOLVE_MATRICES, R, R, dtype=torch.float64, device=device)
 
 
 @cache
-def _hardware(device: torch.device) -> tuple[int, int]:
+def hardware(device: torch.device) -> tuple[int, int]:
     """(compute capability as 80, 90, ..., number of processors); the interpreter counts as one."""
     if device.type != "cuda":
         return 80, 1
@@ -312,27 +323,29 @@ def _hardware(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def _interpreted(kernel: Any, data: Tensor) -> bool:
-    """Whether the kernel runs in the interpreter; raises where it could run nowhere."""
-    interpreted = not hasattr(kernel, "warmup") or type(kernel).__name__ == "InterpretedFunction"
-    if data.device.type != "cuda" and not interpreted:
-        raise RuntimeError(
-            f"tensors are on {data.device}: the Triton kernels need a CUDA device, or "
-            "TRITON_INTERPRET=1 in the environment before csulora_kernels runs, for tests"
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on that device, or None where they can."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from csulora_kernels._solve import solve_kernel
+    except ImportError:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not isinstance(solve_kernel, InterpretedFunction):
+        return (
+            f"Triton needs a CUDA device, not {device}; on the CPU it runs under its interpreter, "
+            "with TRITON_INTERPRET=1 in the environment, for tests"
         )
-    return interpreted
+    return None
 
 
-def _on(data: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _interpreted(kernel: Any) -> bool:
+    return type(kernel).__name__ == "InterpretedFunction"
+
+
+def on_device(data: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(data.device) if data.is_cuda else contextlib.nullcontext()
-
-
-def _alignments(table: Table) -> tuple[int, int]:
-    """Elements per vector that every rank, and every d, is a multiple of."""
-    limit = 16 // table.data.element_size()
-    ranks = [slot.r for row in table.slots for slot in row]
-    lengths = [d for s in table.shapes for d in (s.d_out, s.d_in)]
-    return power_of_two_divisor(ranks, limit), power_of_two_divisor(lengths, limit)
 
 
 def _check(table: Table, basis: Basis) -> None:
@@ -343,10 +356,16 @@ def _check(table: Table, basis: Basis) -> None:
 
 
 def _check_out(table: Table, out: Table, factor: int) -> None:
-    expected = [[slot.r * factor for slot in row] for row in table.slots]
-    found = [[slot.r for slot in row] for row in out.slots]
-    if out.shapes != table.shapes or found != expected or out.data.dtype != table.data.dtype:
+    # Not slot by slot: with many adapters that would take longer than the kernels.
+    fits = out.made_for == (table.key, factor) and len(out.slots) == len(table.slots)
+    if not fits or out.shapes != table.shapes or out.data.dtype != table.data.dtype:
         raise ValueError(f"out must come from empty_like(table, {factor})")
+
+
+def _check_workspace(table: Table, ws: Workspace) -> None:
+    size = len(table.slots), len(table.shapes)
+    if ws.shapes != table.shapes or ws.cores.energy.shape != size or table.max_rank > ws.tiles.R:
+        raise ValueError("the workspace was made for a table of another layout")
 
 
 def _checked_rank(penalties: Any) -> bool:

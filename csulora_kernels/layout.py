@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,18 @@ class Basis:
         _, d_in, k = self.shapes[m]
         return _view(self.data, self.offsets[m][1], k, d_in).mT
 
+    def take(self, wanted: Mapping[str, tuple[str, bool]]) -> Basis:
+        """A basis of some modules over the same memory, from {new name: (name, transposed)}.
+
+        transposed: U and V change places, as the update of a weight stored as (d_in, d_out) asks.
+        """
+        place = {name: m for m, name in enumerate(self.names)}
+        rows = []
+        for name, transposed in wanted.values():
+            (d_out, d_in, k), (o_U, o_V) = self.shapes[place[name]], self.offsets[place[name]]
+            rows.append((d_in, d_out, k, o_V, o_U) if transposed else (d_out, d_in, k, o_U, o_V))
+        return _basis(tuple(wanted), rows, self.data)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -82,10 +94,11 @@ class Table:
     slots: tuple[tuple[Slot, ...], ...]  # N x M
     data: Tensor  # flat
     entries: Tensor  # (N, M, 3) int64 on the device: r, o_B, o_A
-
-    @property
-    def max_rank(self) -> int:
-        return max((slot.r for row in self.slots for slot in row), default=0)
+    max_rank: int
+    vec_r: int  # elements, at most 16 bytes of them, that every rank is a multiple of
+    vec_d: int  # the same of every d_out and d_in
+    key: int  # hash of all ranks
+    made_for: tuple[int, int] | None = None  # key and factor of empty_like
 
     def B(self, i: int, m: int) -> Tensor:
         """(d_out, r) of adapter i and module m, a view."""
@@ -96,6 +109,10 @@ class Table:
         """(r, d_in) of adapter i and module m, a view."""
         slot = self.slots[i][m]
         return _view(self.data, slot.o_A, slot.r, self.shapes[m].d_in)
+
+    def to(self, device: torch.device | str) -> Table:
+        """The same table on another device; one copy for all factors."""
+        return replace(self, data=self.data.to(device), entries=self.entries.to(device))
 
 
 def pack_basis(
@@ -114,14 +131,11 @@ def pack_basis(
         offsets.append((o_U, o_V))
     device = _device(device, (U for U, _ in subspaces.values()))
     data = torch.zeros(end, dtype=torch.float32, device=device)
-    modules = torch.tensor(
-        [(*s, *o) for s, o in zip(shapes, offsets, strict=True)], dtype=torch.int64
-    ).reshape(-1, 5)
-    basis = Basis(tuple(subspaces), tuple(shapes), tuple(offsets), data, modules.to(device))
+    rows = [(*s, *o) for s, o in zip(shapes, offsets, strict=True)]
+    basis = _basis(tuple(subspaces), rows, data)
     for m, (U, V) in enumerate(subspaces.values()):
         basis.U(m).copy_(U)
         basis.V(m).copy_(V)
-    _check_alignment(data, (o for pair in offsets for o in pair))
     return basis
 
 
@@ -183,7 +197,8 @@ def empty_like(table: Table, factor: int) -> Table:
             o_A, end = end, _aligned(end + r * shape.d_in, table.data.dtype)
             placed.append(Slot(r, o_B, o_A))
         slots.append(tuple(placed))
-    return _table(table.shapes, slots, table.data.new_empty(end))
+    made = _table(table.shapes, slots, table.data.new_empty(end))
+    return replace(made, made_for=(table.key, factor))
 
 
 def power_of_two_divisor(sizes: Sequence[int], limit: int) -> int:
@@ -191,10 +206,30 @@ def power_of_two_divisor(sizes: Sequence[int], limit: int) -> int:
     return math.gcd(limit, *sizes)
 
 
+def _basis(names: tuple[str, ...], rows: Sequence[tuple[int, ...]], data: Tensor) -> Basis:
+    """rows: d_out, d_in, k, o_U, o_V of each module."""
+    modules = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+    offsets = tuple((row[3], row[4]) for row in rows)
+    _check_alignment(data, (o for pair in offsets for o in pair))
+    shapes = tuple(Shape(*row[:3]) for row in rows)
+    return Basis(names, shapes, offsets, data, modules.to(data.device))
+
+
 def _table(shapes: tuple[Shape, ...], slots: Sequence[tuple[Slot, ...]], data: Tensor) -> Table:
     entries = torch.tensor(slots, dtype=torch.int64).reshape(len(slots), len(shapes), 3)
     _check_alignment(data, (o for row in slots for slot in row for o in slot[1:]))
-    return Table(shapes, tuple(slots), data, entries.to(data.device))
+    ranks = [slot.r for row in slots for slot in row]
+    limit = ALIGNMENT // data.element_size()
+    return Table(
+        shapes,
+        tuple(slots),
+        data,
+        entries.to(data.device),
+        max(ranks, default=0),
+        power_of_two_divisor(ranks, limit),
+        power_of_two_divisor([d for s in shapes for d in (s.d_out, s.d_in)], limit),
+        hash(tuple(ranks)),
+    )
 
 
 def _view(data: Tensor, offset: int, *shape: int) -> Tensor:

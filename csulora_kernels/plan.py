@@ -1,7 +1,8 @@
 """What each program of a launch does, as a table of integers made once on the host.
 
 The order is the order in which programs start: those that read the same tiles are neighbours, so that
-what one fetched from DRAM the next finds in L2.
+what one fetched from DRAM the next finds in L2. Recompose goes through the modules from the last to the
+first: what project read last is what is still in L2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csulora_kernels.layout import Shape
-from csulora_kernels.tiles import BLOCK_K, Tiles
+from csulora_kernels.tiles import Tiles
 
 
 def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tensor:
@@ -18,7 +19,7 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
     rows = []
     for m, shape in enumerate(shapes):
         # One program a group even where k = 0: the Gram matrices are wanted all the same.
-        blocks = max(1, -(-shape.k // BLOCK_K))
+        blocks = max(1, -(-shape.k // tiles.project.block_k))
         for side, d in enumerate((shape.d_out, shape.d_in)):
             for split, start in enumerate(range(0, d, tiles.split_length)):
                 end = min(start + tiles.split_length, d)
@@ -37,7 +38,7 @@ def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Te
         for start in range(0, d, tiles.recompose.block_d)
         for first in range(0, adapters, step)
     ]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+    return torch.tensor(rows[::-1], dtype=torch.int32).reshape(-1, 5)
 
 
 def splits(shapes: tuple[Shape, ...], tiles: Tiles) -> int:

@@ -13,8 +13,9 @@ import torch
 
 from csulora_kernels.layout import Shape
 
-BLOCK_K = 64  # directions per tile; more directions are more tiles
-MAX_RANK = 128  # beyond it csulora_kernels.fallback takes over
+DIRECTIONS = 64  # K is a multiple of it
+MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
+SOLVE_MATRICES = 26  # R x R float64 scratch matrices of one program of solve
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class Launch:
     """Shape of one kernel's programs."""
 
     block_d: int
+    block_k: int  # directions at a time
     warps: int
     stages: int
+    registers: int | None = None  # a thread's limit, where the compiler's own choice spills
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,16 @@ class Tiles:
     """Everything about a launch that is not data."""
 
     R: int  # ranks padded to a power of two
-    K: int  # directions padded to a multiple of BLOCK_K
+    K: int  # directions padded to a multiple of DIRECTIONS
     group: int  # adapters that share one basis tile in project
     project: Launch
     split_length: int  # d of one program in project, a multiple of its block_d
     solve_tile: int
     solve_warps: int
+    solve_registers: int  # a thread's limit; left alone the compiler may choose fewer and spill
     solve_programs: int
     recompose: Launch
+    recompose_tile: int  # columns of a result at a time
     recompose_adapters: int  # adapters of one program
 
 
@@ -60,12 +65,12 @@ def choose(
     """
     R = padded_rank(max_rank)
     k_max = max((s.k for s in shapes), default=0)
-    K = max(BLOCK_K, -(-k_max // BLOCK_K) * BLOCK_K)
+    K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
     group = max(1, 64 // R) if adapters > 1 else 1
-    project, recompose = launches(R, group, dtype, capability)
+    project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
-    groups = -(-adapters // group) * (K // BLOCK_K)
+    groups = -(-adapters // group) * (K // project.block_k)
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
     split_length = 16384
     while (
@@ -74,28 +79,47 @@ def choose(
         split_length //= 2
     d_tiles = sum(-(-d // recompose.block_d) for d in lengths)
     shares = min(max(1, adapters), -(-8 * processors // max(1, d_tiles)))
-    per_processor = {16: 8, 32: 4, 64: 2, 128: 1}
+    # From sm_100 on float64 products run outside the tensor cores and take more registers.
+    solve_tile = min(R, 32 if capability < 100 else 16)
+    solve_warps = {16: 1, 32: 4}.get(R, 8) if capability < 100 else (2 if R <= 32 else 8)
+    per_processor = {16: 8, 32: 2}  # what the registers allow
     return Tiles(
         R=R,
         K=K,
         group=group,
         project=project,
         split_length=split_length,
-        solve_tile=min(R, 32),
-        solve_warps={16: 2}.get(R, 4),
+        solve_tile=solve_tile,
+        solve_warps=solve_warps,
+        solve_registers=255 if R <= 32 else 232,
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
         recompose=recompose,
+        recompose_tile=min(R, 32),
         recompose_adapters=-(-max(1, adapters) // shares),
     )
 
 
 @lru_cache
-def launches(R: int, group: int, dtype: torch.dtype, capability: int) -> tuple[Launch, Launch]:
+def launches(
+    R: int, group: int, K: int, dtype: torch.dtype, capability: int
+) -> tuple[Launch, Launch]:
     """(project, recompose): the largest tiles that the compiler fits into registers."""
     wide = dtype == torch.float32
-    if R * group <= 64:
-        project = Launch(16 if wide else 32, 4, 3)
-    else:
-        project = Launch(16 if wide else 32, 8, 3)
-    recompose = Launch(64, 4 if R <= 32 else 8, 2)
+    # 16 columns alone need a longer tile, for each thread to load 16 bytes of it.
+    block_d = (16 if wide else 32) * (2 if R * group == 16 else 1)
+    project = Launch(block_d, block_k=64, warps=8 if R == 128 else 4, stages=3)
+    if wide and R == 128 and capability >= 100:
+        project = Launch(block_d=32, block_k=32, warps=8, stages=3)
+    elif wide and R == 128 and capability < 90:
+        # No tile of this one is free of spills: the Gram matrix alone fills the registers.
+        project = Launch(block_d=16, block_k=64, warps=8, stages=1)
+    # A basis tile of all directions stays in registers from adapter to adapter where it fits.
+    resident = K == DIRECTIONS and R <= 32 and not wide
+    recompose = Launch(
+        block_d=64,
+        block_k=64 if resident else 32,
+        warps=8 if R >= 64 and not wide and capability < 90 else 4,
+        stages=2,
+        registers=168 if capability >= 100 else None,
+    )
     return project, recompose

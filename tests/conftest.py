@@ -16,6 +16,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 
 
+def pytest_collection_modifyitems(config, items):
+    if "exhaustive" not in config.getoption("-m"):
+        skip = pytest.mark.skip(reason="runs by -m exhaustive")
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(skip)
+
+
 @pytest.fixture
 def subspace(tmp_path):
     return builders.write_subspace(tmp_path / "subspace.safetensors")

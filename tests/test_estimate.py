@@ -1,8 +1,10 @@
 """Estimation: accuracy against the exact SVD, streaming, orientation, determinism."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -225,3 +227,88 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 60 * 1024  # kB; both models are 192 MB
+
+
+TRITON = """
+import sys, torch
+from csulora.estimate import estimate_subspace
+from csulora_kernels import displacement_product
+
+torch.manual_seed(0)
+for dtype, (m, n, c) in (
+    (torch.bfloat16, (70, 45, 7)), (torch.float16, (33, 130, 20)), (torch.float32, (64, 32, 65))
+):
+    base, aligned = (torch.randn(m, n).to(dtype) for _ in range(2))
+    D = aligned.double() - base.double()
+    for transposed in (False, True):
+        X = torch.randn(m if transposed else n, c)
+        Y = displacement_product(base, aligned, X, transposed=transposed)
+        wanted = (D.mT if transposed else D) @ X.double()
+        error = float((Y.double() - wanted).norm() / wanted.norm())
+        assert Y.shape == wanted.shape and error <= 1e-6, (dtype, transposed, error)
+        assert torch.equal(Y, displacement_product(base, aligned, X, transposed=transposed))
+for backend in ("torch", "triton"):
+    subspace = estimate_subspace(*sys.argv[1:3], rank=2, seed=3, device="cpu", backend=backend)
+    subspace.save(sys.argv[3] + backend)
+"""
+
+
+def test_the_triton_product_is_exact_and_finds_the_same_subspace(tmp_path):
+    """In a process of its own, under the interpreter; weights of two types, one of them turned."""
+    pytest.importorskip("triton")
+    shapes = {"h.0.attn.c_proj": (64, 64), "h.0.mlp.c_fc": (48, 90)}
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    aligned = {n: W.float() + with_spectrum(*W.shape, lambda i: 3.0**-i) for n, W in base.items()}
+    folders = (
+        write_checkpoint(tmp_path / "b", base, "gpt2"),
+        write_checkpoint(tmp_path / "a", aligned, "gpt2"),
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON, *map(str, folders), str(tmp_path / "s_")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (SafetySubspace.load(tmp_path / f"s_{name}") for name in ("torch", "triton"))
+    assert one.origin == two.origin
+    for name, module in one.modules.items():
+        found = two.modules[name]
+        torch.testing.assert_close(found.S, module.S, rtol=1e-4, atol=0)
+        for X, Y in ((found.U, module.U), (found.V, module.V)):
+            assert float((X - Y).abs().max()) <= 1e-3, name
+
+
+def test_the_reader_is_one_module_ahead_and_its_error_comes_through(pair, monkeypatch):
+    from csulora import estimate
+
+    events = []
+    read = estimate._read
+    done = threading.Event()
+
+    def recorded(checkpoint, name, digest):
+        events.append(("read", name))
+        if len([e for e in events if e[0] == "read"]) == 4:
+            done.set()
+        return read(checkpoint, name, digest)
+
+    def worked(D, name, *rest):
+        assert name != sorted(layer(0))[0] or done.wait(60), "the next pair was not being read"
+        events.append(("work", name))
+        return subspace(D, name, *rest)
+
+    subspace = estimate._module_subspace
+    monkeypatch.setattr(estimate, "_read", recorded)
+    monkeypatch.setattr(estimate, "_module_subspace", worked)
+    SafetySubspace.estimate(*pair, rank=2)
+    assert [name for kind, name in events if kind == "work"] == sorted(layer(0))
+
+    def broken(checkpoint, name, digest):
+        raise CsuloraError(f"{name}: gone")
+
+    monkeypatch.setattr(estimate, "_read", broken)
+    with pytest.raises(CsuloraError, match="gone"):
+        SafetySubspace.estimate(*pair, rank=2)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from csulora.adapter import LoraAdapter
-from csulora.backend import check_backend, pick_device
+from csulora.backend import check_backend
 from csulora.correction import origins
 from csulora.errors import UsageError
 from csulora.report import Report, Totals
@@ -96,8 +96,7 @@ class Call:
             raise UsageError(f"batch bytes must be at least 1, not {self.batch_bytes}")
         if self.existing not in ("refuse", "overwrite", "resume"):
             raise UsageError(f"existing must be refuse, overwrite or resume, not {self.existing!r}")
-        check_backend(self.backend)
-        pick_device(self.device)
+        check_backend(self.backend, self.device)
 
 
 class Run(NamedTuple):

@@ -112,43 +112,47 @@ def copy(p_s, c, a, R: tl.constexpr, T: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(noinline=True)
-def add_ridge(p_s, m, ridge, R: tl.constexpr):
-    """m += ridge * mean(diagonal) * I, or + I where the diagonal is zero."""
-    p_diagonal = p_s + m * (R * R) + tl.arange(0, R) * (R + 1)
-    b_diagonal = tl.load(p_diagonal)
-    scale = ridge * tl.sum(b_diagonal, axis=0) / R
-    tl.debug_barrier()
-    tl.store(p_diagonal, b_diagonal + tl.where(scale > 0, scale, 1.0))
-    tl.debug_barrier()
-
-
 @triton.jit
-def _sweep_tile(b_s, T: tl.constexpr):
-    """-(s^-1) for a symmetric positive definite tile: the sweep operator on every index in turn.
+def _sweep_tile(b_s, smallest, T: tl.constexpr):
+    """-(s^-1) for a symmetric positive semidefinite tile: the sweep operator, largest pivot first.
 
-    Positive definite matrices need no pivoting; the sweep keeps the matrix symmetric, so a row
-    serves as its column too and one matrix is all there is.
+    Stops at pivots of `smallest`: what is left is the null space, whose rows and columns come back
+    as zeros, and the rest is the inverse of a largest regular part (a reflexive generalized inverse).
+    The sweep keeps the matrix symmetric, so a row serves as its column too.
     """
-    row = tl.arange(0, T)[:, None]
-    column = tl.arange(0, T)[None, :]
-    for n in range(T):
+    index = tl.arange(0, T)
+    row = index[:, None]
+    column = index[None, :]
+    b_left = tl.full([T], 1, tl.int32)
+    for _ in range(T):
+        b_diagonal = tl.sum(tl.where(row == column, b_s, 0.0), axis=0)
+        b_pivots = tl.where(b_left > 0, b_diagonal, -1.0)
+        n = tl.argmax(b_pivots, axis=0)
+        pivot = tl.max(b_pivots, axis=0)
+        regular = pivot > smallest
+        inverse = tl.where(regular, 1.0 / tl.where(regular, pivot, 1.0), 0.0)
         b_row = tl.sum(tl.where(row == n, b_s, 0.0), axis=0)
         b_column = tl.sum(tl.where(column == n, b_s, 0.0), axis=1)
-        pivot = tl.sum(tl.where(tl.arange(0, T) == n, b_row, 0.0), axis=0)
-        b_swept = b_s - b_column[:, None] * (b_row[None, :] / pivot)
-        b_swept = tl.where(row == n, b_row[None, :] / pivot, b_swept)
-        b_swept = tl.where(column == n, b_column[:, None] / pivot, b_swept)
-        b_s = tl.where((row == n) & (column == n), -1.0 / pivot, b_swept)
-    return b_s
+        b_swept = b_s - b_column[:, None] * (b_row * inverse)[None, :]
+        b_swept = tl.where(row == n, (b_row * inverse)[None, :], b_swept)
+        b_swept = tl.where(column == n, (b_column * inverse)[:, None], b_swept)
+        b_swept = tl.where((row == n) & (column == n), -inverse, b_swept)
+        b_s = tl.where(regular, b_swept, b_s)
+        b_left = tl.where(index == n, tl.where(regular, 0, 1), b_left)
+    return tl.where((b_left[:, None] > 0) | (b_left[None, :] > 0), 0.0, b_s)
 
 
 @triton.jit(noinline=True)
-def negative_inverse(p_s, m, R: tl.constexpr, T: tl.constexpr):
-    """m = -(m^-1) in place, m symmetric positive definite: the sweep operator by blocks of T."""
+def negative_inverse(p_s, m, tolerance, R: tl.constexpr, T: tl.constexpr):
+    """m = -(m^-1) in place, m symmetric positive semidefinite: the sweep operator by blocks of T.
+
+    Pivots below `tolerance` times the largest diagonal entry count as zero; see _sweep_tile.
+    """
     p_m = p_s + m * (R * R)
+    smallest = tolerance * tl.max(tl.load(p_m + tl.arange(0, R) * (R + 1)), axis=0)
+    tl.debug_barrier()
     for n in range(tile_count(R, T)):
-        b_pivot = _sweep_tile(tl.load(p_m + tile(n, n, R, T)), T)
+        b_pivot = _sweep_tile(tl.load(p_m + tile(n, n, R, T)), smallest, T)
         for i in range(tile_count(R, T)):
             if i != n:
                 b_left = tl.load(p_m + tile(i, n, R, T))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csulora_kernels.dots import basis_product, gram_product
+from csulora_kernels._dots import basis_product, gram_product
 
 
 @triton.jit

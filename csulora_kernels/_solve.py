@@ -15,8 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csulora_kernels.smallmat import (
-    add_ridge,
+from csulora_kernels._smallmat import (
     copy,
     inner,
     multiply,
@@ -26,6 +25,7 @@ from csulora_kernels.smallmat import (
     tile,
     tile_count,
 )
+from csulora_kernels.tiles import SOLVE_MATRICES
 
 # Noise of a float32 Gram matrix relative to its diagonal, and of the float64 ones formed here.
 NOISE_SINGLE = tl.constexpr(2.0**-21)
@@ -35,7 +35,8 @@ LARGEST = tl.constexpr(3.0e38)
 # The alternating fit of `same`, as the reference has it, but each module stops for itself.
 FIT_STALL = tl.constexpr(1e-4)
 FIT_MAX_STEPS = tl.constexpr(50)
-FIT_RIDGE = tl.constexpr(1e-10)
+# Pivots below this share of the largest are the null space of rank-deficient factors.
+SINGULAR = tl.constexpr(1e-11)
 
 # Scratch matrices of one program. Of four: G_B in, out and G_A in, out; cores ff, fo, of, oo.
 GRAMS = tl.constexpr(0)
@@ -45,7 +46,7 @@ RESULT = tl.constexpr(10)  # cores of the written form, where it is not the exac
 WORK = tl.constexpr(14)  # four
 FIT = tl.constexpr(18)  # seven
 IDENTITY = tl.constexpr(25)
-SCRATCH_MATRICES = 26
+MATRICES = tl.constexpr(SOLVE_MATRICES)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def solve_kernel(
     p_after,  # (N, M, 4)
     p_change,  # (N, M)
     p_error,  # (N, M)
-    p_scratch,  # (programs, SCRATCH_MATRICES, R, R) float64
+    p_scratch,  # (programs, MATRICES, R, R) float64
     n_entries,
     lambda_aligned,
     lambda_left,
@@ -78,7 +79,7 @@ def solve_kernel(
     SAME: tl.constexpr,
 ):
     RR: tl.constexpr = R * R
-    p_s = p_scratch + tl.program_id(0).to(tl.int64) * (26 * RR)
+    p_s = p_scratch + tl.program_id(0).to(tl.int64) * (MATRICES * RR)
     scaled_identity(p_s, IDENTITY, 1.0, R, T)
     first = tl.program_id(0)
     for step in range(0, n_entries - first, tl.num_programs(0)):
@@ -212,7 +213,7 @@ def _direction_core(p_s, block, c, R: tl.constexpr, T: tl.constexpr):
     g_A = GRAMS + 2 + block % 2
     multiply(p_s, WORK, g_A, l, 0, 1.0, 0.0, R, T)
     multiply(p_s, WORK + 1, l, WORK, 0, c, 1.0, R, T, TRANS_A=True)
-    negative_inverse(p_s, WORK + 1, R, T)
+    negative_inverse(p_s, WORK + 1, SINGULAR, R, T)
     multiply(p_s, WORK + 2, WORK, WORK + 1, 0, c, 0.0, R, T)
     multiply(p_s, CORES + block, WORK + 2, l, 0, 1.0, 1.0, R, T, TRANS_B=True)
 
@@ -266,15 +267,13 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         multiply(p_s, t, K_A, Aq, 0, 1.0, 0.0, R, T)
         multiply(p_s, S, t, K_A, Ap, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
         multiply(p_s, rhs, K_qq, t, KG, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
-        add_ridge(p_s, S, FIT_RIDGE, R)
-        negative_inverse(p_s, S, R, T)
+        negative_inverse(p_s, S, SINGULAR, R, T)
         multiply(p_s, K_B, rhs, S, 0, -1.0, 0.0, R, T)
         # (C^T G_Bp C + K_B^T G_Bq K_B) K_A = C^T G_Bp K_pq + K_B^T G_Bq K_qq
         multiply(p_s, t, K_B, Bq, 0, 1.0, 0.0, R, T, TRANS_A=True)
         multiply(p_s, S, t, K_B, CtGC, 1.0, 0.0, R, T, BASE=True)
         multiply(p_s, rhs, t, K_qq, CtGK, 1.0, 0.0, R, T, BASE=True)
-        add_ridge(p_s, S, FIT_RIDGE, R)
-        negative_inverse(p_s, S, R, T)
+        negative_inverse(p_s, S, SINGULAR, R, T)
         multiply(p_s, K_A, S, rhs, 0, -1.0, 0.0, R, T)
         # Squared error: of qp, <G_Bq D, D G_Ap> with D = K_B - K_qp; of pq and qq at their minimum
         # in K_A, the constant less <rhs G_Aq, K_A>.
@@ -283,7 +282,7 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         error = constant - inner(p_s, S, 0, K_A, 0, R, T, False)
         error += inner(p_s, t, KtG, rhs, GKt, R, T, True)
         error = tl.maximum(error, 0.0)
-        improving = tl.where(previous - error <= error * FIT_STALL, 0, 1)
+        improving = tl.where(previous - error > error * FIT_STALL, 1, 0)  # NaN stops too
         previous = error
         step += 1
     copy(p_s, RESULT + 3 * p, C, R, T)

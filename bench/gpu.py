@@ -1,0 +1,344 @@
+"""The kernels on one GPU beside their floor, the eager reference, torch.compile of it and a CUDA graph.
+
+    python bench/gpu.py [--json FILE] [--seconds 450]
+
+Copy bandwidth and matmul rate are measured first, in the same run; every share is of that bandwidth. No
+figure is given for a result that fails its check against float64. `--dry` runs everything but the clock
+on a toy model, also where there is no GPU (with TRITON_INTERPRET=1 in the environment).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from roofline import Workload, stage_bytes
+from shapes import MODELS
+from torch import Tensor
+
+import csulora_kernels as kernels
+from csulora import Correction, reference
+
+TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
+MODELS["toy"] = ({"a": (96, 80), "b": (72, 96)}, 1)
+Clock = Callable[[Callable[[], object]], float | None]
+
+
+@dataclass
+class Row:
+    """One measured thing; milliseconds are medians and None where nothing was timed."""
+
+    model: str
+    adapters: int
+    r: int
+    rank: str
+    what: str
+    check: float | None = None  # relative error of the update
+    milliseconds: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    bytes: int | None = None
+    floor_share: float | None = None  # of the copy bandwidth, counting the floor's bytes
+    note: str = ""
+
+
+@dataclass
+class Run:
+    clock: Clock
+    device: torch.device
+    deadline: float
+    bandwidth: float | None = None  # bytes a second
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row, work: Callable[[], object], moved: int, passed: bool) -> None:
+        """Time a piece of work, unless its result is wrong."""
+        row.bytes = moved
+        if not passed:
+            row.note = "check failed: no figure"
+        else:
+            row.milliseconds, row.p20, row.p80 = quantiles(self.clock, work)
+        if row.milliseconds and self.bandwidth:
+            row.floor_share = moved / (row.milliseconds / 1e3) / self.bandwidth
+        self.rows.append(row)
+        print(as_line(row), flush=True)
+
+
+def cuda_clock(work: Callable[[], object]) -> float:
+    """Milliseconds of one call on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def no_clock(work: Callable[[], object]) -> None:
+    work()
+
+
+def quantiles(
+    clock: Clock, work: Callable[[], object]
+) -> tuple[float | None, float | None, float | None]:
+    """(median, p20, p80) of a second's worth of calls, 5 to 50, after two that do not count."""
+    work()
+    first = clock(work)
+    if first is None:
+        return None, None, None
+    count = min(50, max(5, int(1000 / max(first, 1e-3))))
+    times = sorted(clock(work) or 0.0 for _ in range(count))
+    return statistics.median(times), times[count // 5], times[-1 - count // 5]
+
+
+def machine(run: Run) -> dict[str, Any]:
+    """Bandwidth of a copy (bytes read and written) and rate of a bfloat16 matmul, and what ran them."""
+    size = 1 << 30 if run.device.type == "cuda" else 1 << 12
+    source = torch.empty(size, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    copy, _, _ = quantiles(run.clock, lambda: target.copy_(source))
+    n = 8192 if run.device.type == "cuda" else 32
+    A = torch.randn(n, n, device=run.device).bfloat16()
+    product, _, _ = quantiles(run.clock, lambda: A @ A)
+    run.bandwidth = 2 * size / (copy / 1e3) if copy else None
+    return {
+        "gpu": torch.cuda.get_device_name() if run.device.type == "cuda" else None,
+        "copy_bytes_per_second": run.bandwidth,
+        "matmul_flops_per_second": 2 * n**3 / (product / 1e3) if product else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def batch(work: Workload, device: torch.device) -> tuple[kernels.Basis, kernels.Table]:
+    """Random factors and bases; modules of one shape share values, but no memory."""
+    seen: dict[tuple[int, int], Tensor] = {}
+
+    def orthonormal(d: int, k: int) -> Tensor:
+        if (d, k) not in seen:
+            seen[d, k] = torch.linalg.qr(torch.randn(d, k, device=device))[0]
+        return seen[d, k]
+
+    bases = {
+        f"m{m}": (orthonormal(s.d_out, s.k), orthonormal(s.d_in, s.k))
+        for m, s in enumerate(work.shapes)
+    }
+    one = torch.zeros((), dtype=work.dtype, device=device)
+    blank = {
+        f"m{m}": (one.expand(s.d_out, work.r), one.expand(work.r, s.d_in))
+        for m, s in enumerate(work.shapes)
+    }
+    basis = kernels.pack_basis(bases, device)
+    table = kernels.pack([blank] * work.adapters, basis, device)
+    table.data.normal_()
+    return basis, table
+
+
+def error(
+    basis: kernels.Basis, table: kernels.Table, result: kernels.Result, correction: Correction
+) -> float:
+    """The largest relative error of the update against float64, over modules of each kind."""
+    errors = []
+    last = len(table.slots) - 1
+    kinds = {shape: m for m, shape in enumerate(table.shapes)}
+    for m in kinds.values():
+        left, right = float64(
+            table.B(last, m), table.A(last, m), basis.U(m), basis.V(m), correction
+        )
+        exact = left @ right
+        found = result.table.B(last, m).double() @ result.table.A(last, m).double()
+        distance = float((found - exact).norm() / exact.norm())
+        # A fit of rank r is that far from the exact result; what counts is that it knows how far.
+        errors.append(abs(distance - float(result.cores.rank_error[last, m])))
+    return max(errors)
+
+
+def stages(run: Run, name: str, work: Workload) -> None:
+    """The kernels one by one, all together, and replayed from a graph."""
+    correction = Correction(rank=work.rank)
+    basis, table = batch(work, run.device)
+    ws = kernels.workspace(table, basis, correction)
+    out = kernels.empty_like(table, 2 if work.rank == "exact" else 1)
+    whole = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
+    result = whole()
+    wrong = error(basis, table, result, correction)
+    passed = wrong <= TOLERANCE
+    counted = stage_bytes(work, ws.tiles)
+    row = partial(Row, name, work.adapters, work.r, work.rank, check=wrong)
+    projection, cores = result.projection, result.cores
+    run.add(
+        row(what="project"),
+        partial(kernels.project, table, basis, workspace=ws),
+        counted["project"] + counted.get("add partial sums", 0),
+        passed,
+    )
+    run.add(
+        row(what="solve"),
+        partial(kernels.solve, projection, correction, workspace=ws),
+        counted["solve"],
+        passed,
+    )
+    run.add(
+        row(what="recompose"),
+        partial(kernels.recompose, table, basis, projection, cores, workspace=ws, out=out),
+        counted["recompose"],
+        passed,
+    )
+    run.add(row(what="correct"), whole, work.floor, passed)
+    if run.device.type == "cuda":
+        run.add(row(what="correct, graph"), graph(whole).replay, work.floor, passed)
+
+
+def graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        work()
+    return captured
+
+
+def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
+    """The reference in float32 on the same device, the adapters of a module as one stack."""
+    correction = Correction(rank=work.rank)
+    basis, table = batch(work, run.device)
+    stacks = [
+        (
+            torch.stack([table.B(i, m) for i in range(work.adapters)]).float(),
+            torch.stack([table.A(i, m) for i in range(work.adapters)]).float(),
+            basis.U(m).contiguous(),
+            basis.V(m).contiguous(),
+        )
+        for m in range(len(work.shapes))
+    ]
+
+    def one(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        own = reference.project(B, A, U, V)
+        left, right = reference.recompose(B, A, U, V, own, reference.solve(own, correction))
+        return left.to(work.dtype), right.to(work.dtype)
+
+    function = torch.compile(one, dynamic=True) if compiled else one
+
+    def all_modules() -> None:
+        for stack in stacks:
+            function(*stack)
+
+    wrong = 0.0
+    if work.rank == "exact":
+        B, A, U, V = stacks[0]
+        update, exact = (left.double() @ right.double() for left, right in (
+            (X[-1] for X in function(*stacks[0])), float64(B[-1], A[-1], U, V, correction)
+        ))  # fmt: skip
+        wrong = float((update - exact).norm() / exact.norm())
+    what = "reference, torch.compile" if compiled else "reference, eager"
+    row = Row(name, work.adapters, work.r, work.rank, what=what, check=wrong)
+    run.add(row, all_modules, work.floor, wrong <= TOLERANCE)
+
+
+def float64(
+    B: Tensor, A: Tensor, U: Tensor, V: Tensor, correction: Correction
+) -> tuple[Tensor, Tensor]:
+    """The exact result's factors."""
+    B, A, U, V = (X.double() for X in (B, A, U, V))
+    own = reference.project(B, A, U, V)
+    cores = reference.solve(own, replace(correction, rank="exact"))
+    return reference.recompose(B, A, U, V, own, cores)
+
+
+def as_line(row: Row) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (
+        f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.rank:6} {row.what:24} "
+        f"{number(row.milliseconds, '9.3f')} ms  {number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
+        f"{number(row.floor_share, '6.1%')} of copy  error {number(row.check, '.1e')} {row.note}"
+    )
+
+
+def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
+    """(model, N, r, form, what), the most telling first, so that a time limit cuts the least."""
+    if dry:
+        return [("toy", 2, 3, "exact", kind) for kind in ("stages", "eager")] + [
+            ("toy", 2, 3, "same", "stages")
+        ]
+    first = [("llama-3.1-8b", N, 16, rank) for N in (64, 1, 8) for rank in ("exact", "same")]
+    rest = [
+        (model, N, r, rank)
+        for model in ("llama-3.1-8b", "llama-2-7b")
+        for r in (16, 8, 64)
+        for N in (1, 8, 64)
+        for rank in ("exact", "same")
+    ]
+    ordered = list(dict.fromkeys([*first, *rest]))
+    compared = [
+        (model, N, 16, rank, kind)
+        for kind in ("eager", "compiled")
+        for model, N, rank in (
+            ("llama-3.1-8b", 64, "exact"),
+            ("llama-3.1-8b", 1, "exact"),
+            ("llama-3.1-8b", 1, "same"),
+        )
+    ]
+    return (
+        [(*case, "stages") for case in first]
+        + compared
+        + [(*case, "stages") for case in ordered[len(first) :]]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all rows, hardware, versions and commit")
+    parser.add_argument("--seconds", type=float, default=450, help="start nothing after this long")
+    parser.add_argument("--dry", action="store_true", help="a toy model and no clock")
+    arguments = parser.parse_args()
+    if not arguments.dry and not torch.cuda.is_available():
+        parser.error("no CUDA device; --dry runs without one")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.manual_seed(0)
+    deadline = time.monotonic() + arguments.seconds
+    run = Run(no_clock if arguments.dry else cuda_clock, device, deadline)
+    facts = machine(run)
+    print(json.dumps(facts, indent=1))
+    for model, N, r, rank, kind in cases(arguments.dry):
+        if time.monotonic() > deadline:
+            print(f"time is up: {model} N={N} r={r} {rank} and what follows was not run")
+            break
+        work = Workload.of(model, N, r, rank)
+        try:
+            if kind == "stages":
+                stages(run, model, work)
+            else:
+                eager(run, model, work, compiled=kind == "compiled")
+        except torch.cuda.OutOfMemoryError:
+            print(f"{model} N={N} r={r} {rank} {kind}: does not fit in this GPU's memory")
+        if on_gpu:
+            torch.cuda.empty_cache()
+    if arguments.json:
+        text = json.dumps({**facts, "rows": [asdict(row) for row in run.rows]}, indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

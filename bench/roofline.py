@@ -1,0 +1,138 @@
+"""Bytes and operations of the kernels, stage by stage, counted from the shapes and the work lists.
+
+    python bench/roofline.py
+
+prints the table of docs/kernels.md. A byte counts once for every time the launch asks DRAM for it: the
+work lists put programs that share a tile side by side, so that all but the first find it in L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from shapes import MODELS
+
+from csulora_kernels import Tiles, choose
+from csulora_kernels.layout import Shape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """N adapters of one rank on every module of a model."""
+
+    shapes: tuple[Shape, ...]
+    adapters: int
+    r: int
+    rank: str  # exact or same
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, model: str, adapters: int, r: int, rank: str, k: int = 64, dtype=torch.bfloat16
+    ) -> Workload:
+        sides, layers = MODELS[model]
+        shapes = tuple(Shape(*pair, k) for pair in sides.values()) * layers
+        return cls(shapes, adapters, r, rank, dtype)
+
+    def tiles(self, capability: int = 90, processors: int = 132) -> Tiles:
+        return choose(self.shapes, self.adapters, self.r, self.dtype, capability, processors)
+
+    @property
+    def length(self) -> int:
+        """d_out + d_in of all modules."""
+        return sum(s.d_out + s.d_in for s in self.shapes)
+
+    @property
+    def factors(self) -> int:
+        return self.adapters * self.length * self.r * self.dtype.itemsize
+
+    @property
+    def basis(self) -> int:
+        return 4 * sum((s.d_out + s.d_in) * s.k for s in self.shapes)
+
+    @property
+    def result(self) -> int:
+        return self.factors * (2 if self.rank == "exact" else 1)
+
+    @property
+    def floor(self) -> int:
+        """Every byte of input read once and every byte of output written once."""
+        return self.factors + self.basis + self.result
+
+
+def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
+    """Bytes that each launch moves, intermediate results included."""
+    K, R = tiles.K, tiles.R
+    entries = work.adapters * len(work.shapes)
+    projection = 4 * entries * (2 * K * R + 2 * R * R)
+    partial = 0
+    for s in work.shapes:
+        for d in (s.d_out, s.d_in):
+            cut = -(-d // tiles.split_length) - 1
+            partial += 4 * work.adapters * (K * R + R * R) * cut
+    same = work.rank == "same"
+    H = 1 if same else 2
+    # Written by solve and read by recompose: Y_out and Z, and X_out and W or P. Written only: the rest.
+    read = 4 * entries * (H * R * R + H * K * R + K * R + (R * R if same else 0))
+    written = 4 * entries * (2 * H * R * R + H * K * R + (K * R + 2 * R * R if same else 0))
+    # A factor is read once for each block of directions; models have one.
+    blocks = K // tiles.project.block_k
+    counted = {"project": blocks * work.factors + work.basis + projection + partial}
+    if partial:
+        counted["add partial sums"] = 2 * partial + partial
+    counted["solve"] = projection + written + 8 * entries * 11
+    counted["recompose"] = work.factors + work.basis + read + work.result
+    return counted
+
+
+def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
+    """Multiply-adds on the tensor cores, times two, as often as a product is split, padding included."""
+    K, R, N = tiles.K, tiles.R, work.adapters
+    parts = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 3}[work.dtype]
+    gram = 3 if work.dtype == torch.float32 else 1
+    groups = -(-N // tiles.group)
+    C = tiles.group * R
+    project = 2 * work.length * groups * (parts * K * C + gram * C * C)
+    same = work.rank == "same"
+    per_row = 3 * 2 * K * R + (3 * 2 * R * R if same else 0)  # of B
+    per_column = 3 * (2 * K * R + 2 * R * R) * (1 if same else 2)  # of A
+    d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
+    return {"project": project, "recompose": N * (d_out * per_row + d_in * per_column)}
+
+
+def table() -> list[str]:
+    """Rows of the page: bytes of each stage beside the floor's terms."""
+    lines = [
+        "| N, r, form | factors | basis | result | floor | project | solve | recompose | to the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for adapters, r, rank in (
+        (1, 16, "exact"),
+        (64, 16, "exact"),
+        (1, 16, "same"),
+        (64, 16, "same"),
+    ):
+        work = Workload.of("llama-3.1-8b", adapters, r, rank)
+        counted = stage_bytes(work, work.tiles())
+        total = sum(counted.values())
+        project = counted["project"] + counted.get("add partial sums", 0)
+        numbers = (work.factors, work.basis, work.result, work.floor, project)
+        numbers += (counted["solve"], counted["recompose"])
+        cells = " | ".join(f"{n / 1e9:.3f}" for n in numbers)
+        lines.append(f"| {adapters}, {r}, {rank} | {cells} | {total / work.floor:.2f} |")
+    return lines
+
+
+def flops_table() -> list[str]:
+    lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
+    for adapters, r, rank in ((1, 16, "exact"), (64, 16, "exact"), (64, 16, "same")):
+        work = Workload.of("llama-3.1-8b", adapters, r, rank)
+        counted = stage_flops(work, work.tiles())
+        cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))
+        lines.append(f"| {adapters}, {r}, {rank} | {cells} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join([*table(), "", *flops_table()]))

@@ -1,0 +1,96 @@
+"""Times tiles of project and recompose on this GPU and prints what to put into csulora_kernels/tiles.py.
+
+    python bench/tune.py [--adapters 64] [--ranks 16,64]
+
+Every candidate has to pass the check of bench/gpu.py first. Compile the winners with
+tests/test_kernels_compiled.py (the slow set) before they go in: a tile that spills may still win here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+import triton
+from gpu import TOLERANCE, batch, cuda_clock, error, no_clock, quantiles
+from roofline import Workload
+
+import csulora_kernels as kernels
+from csulora import Correction
+from csulora_kernels.tiles import Launch, Tiles
+
+
+def candidates(chosen: Tiles) -> Iterator[tuple[str, Tiles]]:
+    """The chosen tiles and their neighbours, one kernel changed at a time."""
+    yield "chosen", chosen
+    for block_d, warps, stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4)):
+        launch = Launch(block_d, chosen.project.block_k, warps, stages)
+        for group in {1, chosen.group, 2 * chosen.group}:
+            yield "project", replace(chosen, project=launch, group=group)
+    for length in (1024, 4096, 16384):
+        yield "project", replace(chosen, split_length=length)
+    for block_d, block_k, warps, stages in itertools.product(
+        (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
+    ):
+        yield "recompose", replace(chosen, recompose=Launch(block_d, block_k, warps, stages))
+    for programs, warps in itertools.product((1, 2, 4), (1, 2, 4, 8)):
+        count = max(1, chosen.solve_programs * programs // 2)
+        yield "solve", replace(chosen, solve_programs=count, solve_warps=warps)
+
+
+def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None:
+    correction = Correction(rank=work.rank)
+    basis, table = batch(work, device)
+    out = kernels.empty_like(table, 2 if work.rank == "exact" else 1)
+    chosen = kernels.workspace(table, basis, correction).tiles
+    best: dict[str, tuple[float, Tiles]] = {}
+    for stage, tiles in itertools.islice(candidates(chosen), limit):
+        try:
+            ws = kernels.workspace(table, basis, correction, tiles)
+            run = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
+            wrong = error(basis, table, run(), correction)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if wrong > TOLERANCE:
+            print(f"{stage}: error {wrong:.1e} with {tiles}: left out")
+            continue
+        milliseconds = quantiles(clock, run)[0] or 0.0
+        if stage not in best or milliseconds < best[stage][0]:
+            best[stage] = milliseconds, tiles
+            print(f"{stage}: {milliseconds:.3f} ms", flush=True)
+    print(f"R = {chosen.R}, K = {chosen.K}, {work.dtype}, {work.adapters} adapters, {work.rank}:")
+    for stage, (milliseconds, tiles) in best.items():
+        parts = {
+            "chosen": f"{tiles}",
+            "project": f"{tiles.project}, group {tiles.group}, split_length {tiles.split_length}",
+            "recompose": f"{tiles.recompose}",
+            "solve": f"solve_warps {tiles.solve_warps}, solve_programs {tiles.solve_programs}",
+        }
+        print(f"  {stage}: {milliseconds:.3f} ms with {parts[stage]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--ranks", default="16,64", help="LoRA ranks, with commas between")
+    parser.add_argument("--dry", action="store_true", help="a toy model, two candidates, no clock")
+    arguments = parser.parse_args()
+    if not arguments.dry and not torch.cuda.is_available():
+        parser.error("no CUDA device; --dry runs without one")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    for r in map(int, arguments.ranks.split(",")):
+        if arguments.dry:
+            tune(Workload.of("toy", 2, r, "exact"), device, no_clock, 2)
+            continue
+        for rank in ("exact", "same"):
+            work = Workload.of("llama-3.1-8b", arguments.adapters, r, rank)
+            tune(work, device, cuda_clock, None)
+
+
+if __name__ == "__main__":
+    main()
