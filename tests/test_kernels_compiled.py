@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
-# The tiles that spill, and the most stores each may: project for float32 factors of rank above 64 on sm_80,
-# and a few registers of solve for such ranks on sm_100, which has no float64 tensor cores.
+# The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on
+# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores.
 KNOWN_SPILLS = {
     (80, "project", "float32", 128): 400,
     (100, "solve", "float32", 64): 8,
