@@ -25,8 +25,13 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
-# The one tile that spills: float32 factors of rank above 64 on sm_80.
-KNOWN_SPILL = (80, "project", "float32", 128)
+# The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on
+# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores.
+KNOWN_SPILLS = {
+    (80, "project", "float32", 128): 400,
+    (100, "solve", "float32", 64): 8,
+    (100, "solve", "float32", 128): 8,
+}
 
 
 def configurations(arch, dtype, r, k, adapters):
@@ -145,8 +150,9 @@ def compile_all(chosen, cache):
 def complaints(c, found):
     """What the compiled kernel fails in, as text; empty if nothing."""
     name = c["kernel"]
-    known = (c["arch"], name, c["dtype"], c.get("R")) == KNOWN_SPILL
-    if not known and (found["spill_stores"] or found["spill_loads"] or found["stack"]):
+    allowed = KNOWN_SPILLS.get((c["arch"], name, c["dtype"], c.get("R")), 0)
+    spilled = max(found["spill_stores"], found["spill_loads"])
+    if spilled > allowed or (found["stack"] and not allowed):
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
