@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csulora import careful, packed, reference
-from csulora.adapter import DTYPES, LoraAdapter, LoraModule, listed
+from csulora.adapter import DTYPES, LoraAdapter, LoraModule
 from csulora.backend import pick_backend, pick_device
 from csulora.errors import CsuloraError, UsageError
-from csulora.factors import Place, allocate, balance, store
-from csulora.names import match_modules
-from csulora.peft_config import alpha_for_rank, portable_config
+from csulora.factors import allocate
 from csulora.report import (
     ModuleReport,
     Report,
@@ -25,13 +23,11 @@ from csulora.report import (
     totals,
 )
 from csulora.settings import Correction
-from csulora.subspace import ModuleSubspace, SafetySubspace
+from csulora.subspace import SafetySubspace
+from csulora.tasks import Form, Task, finish, groups_of, tasks_of
 
 # Far enough above the smallest float32 that a sum of squares keeps its digits.
 SMALLEST_SQUARE = 1e-30
-# Amplifications up to which float32 arithmetic keeps to 1e-5 and a half type to 2 of its ulp.
-COMPUTING_LIMIT = 4.0
-STORING_LIMIT = 3.0
 
 
 def correct(
@@ -65,12 +61,12 @@ def correct(
         if isinstance(result, CsuloraError):
             raise result
         return result
-    form = _Form.of(adapter, correction, dtype, portable)
-    tasks = _tasks(adapter, subspace)
+    form = Form.of(adapter, correction, dtype, portable)
+    tasks = tasks_of(adapter, subspace)
     memory = allocate({task.name: form.place(task) for task in tasks})
     modules: dict[str, LoraModule] = {}
     reports: dict[str, ModuleReport] = {}
-    for group in _groups(tasks):
+    for group in groups_of(tasks):
         factors = [_single(task, place) for task in group]
         projection, held = _project_group(group, factors)
         cores, amplification = reference.solve_with_amplification(projection, correction)
@@ -84,7 +80,7 @@ def correct(
                 B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
             else:
                 B, A = _recompose(task, pair, coordinates, core, form, into)
-            modules[task.name] = _finish(task, B, A, form, into)
+            modules[task.name] = finish(task, B, A, form, into)
     return form.adapter({name: modules[name] for name in adapter.modules}), _report(
         adapter,
         {name: reports[name] for name in adapter.modules},
@@ -152,13 +148,13 @@ def sweep(
 ) -> list[Report]:
     """`decompose` for several settings, for the price of one pass over the factors."""
     place = pick_device(device)
-    groups = list(_groups(_tasks(adapter, subspace)))
+    groups = list(groups_of(tasks_of(adapter, subspace)))
     projections = [
         _project_group(group, [_single(task, place) for task in group]) for group in groups
     ]
     reports = []
     for correction in corrections:
-        form = _Form.of(adapter, correction, None, False)
+        form = Form.of(adapter, correction, None, False)
         found: dict[str, ModuleReport] = {}
         for group, (projection, held) in zip(groups, projections, strict=True):
             cores, amplification = reference.solve_with_amplification(projection, correction)
@@ -206,10 +202,10 @@ def _correct_packed(
 ) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
     """`correct_batch` by the Triton kernels; adapters of one working type go together."""
     results: dict[int, tuple[LoraAdapter, Report] | CsuloraError] = {}
-    groups: dict[torch.dtype, list[tuple[int, _Form, list[_Task]]]] = {}
+    groups: dict[torch.dtype, list[tuple[int, Form, list[Task]]]] = {}
     for i, adapter in enumerate(adapters):
         try:
-            form, tasks = _Form.of(adapter, correction, dtype, portable), _tasks(adapter, subspace)
+            form, tasks = Form.of(adapter, correction, dtype, portable), tasks_of(adapter, subspace)
             widest = max((task.module.rank for task in tasks), default=0)
             if widest > packed.MAX_RANK or not tasks:
                 options: dict[str, Any] = {"dtype": dtype, "portable": portable}
@@ -236,7 +232,7 @@ def _correct_packed(
 
 
 def _unpack(
-    form: _Form, tasks: list[_Task], found: packed.Corrected, subspace: SafetySubspace
+    form: Form, tasks: list[Task], found: packed.Corrected, subspace: SafetySubspace
 ) -> tuple[LoraAdapter, Report]:
     """The adapter and report that `correct` returns, from the factors that the kernels wrote."""
     memory = allocate({task.name: form.place(task) for task in tasks})
@@ -251,7 +247,7 @@ def _unpack(
             B, A = careful.recompose(*spoiled[task.name], form.rank(task.module, padded=False))
         else:
             B, A = found.factors[i]
-        modules[task.name] = _finish(task, B, A, form, memory[task.name])
+        modules[task.name] = finish(task, B, A, form, memory[task.name])
         figures = {name: getattr(found.cores, name)[i : i + 1] for name in reference.FIGURES}
         reports |= _group_reports([task], found.cores._replace(**figures), form)
     source, portable = form.source, form.portable_rank is not None
@@ -260,145 +256,13 @@ def _unpack(
     )
 
 
-class _Task(NamedTuple):
-    name: str
-    target: str  # its name in the subspace
-    module: LoraModule
-    U: Tensor  # (d_out, k)
-    V: Tensor  # (d_in, k)
-
-    def update(self, subspace: SafetySubspace) -> packed.Update:
-        transposed = self.U is not subspace.modules[self.target].U
-        return packed.Update(self.name, self.target, transposed, self.module.B, self.module.A)
-
-
-class _Form(NamedTuple):
-    """The form in which the result is wanted: everything about it but its values."""
-
-    source: LoraAdapter
-    correction: Correction
-    dtype: torch.dtype | None
-    portable_rank: int | None
-
-    @classmethod
-    def of(
-        cls, source: LoraAdapter, correction: Correction, dtype: torch.dtype | None, portable: bool
-    ) -> _Form:
-        form = cls(source, correction, dtype, None)
-        if not portable:
-            return form
-        if source.extra:
-            raise CsuloraError(
-                f"the portable form cannot hold passed-through tensors: {listed(source.extra)}"
-            )
-        ranks = [form.rank(module) for module in source.modules.values()]
-        if not ranks:
-            raise CsuloraError("the portable form needs at least one module")
-        return form._replace(portable_rank=max(ranks))
-
-    def rank(self, module: LoraModule, *, padded: bool = True) -> int:
-        """Rank of a module's result, before or after the portable form pads it."""
-        if self.portable_rank is not None and padded:
-            return self.portable_rank
-        doubled = self.correction.rank == "exact" and not self.correction.is_identity
-        return 2 * module.rank if doubled else module.rank
-
-    def needs_care(
-        self, group: list[_Task], held: Tensor, amplification: reference.Amplification
-    ) -> Tensor:
-        """Which modules of a group float32 would spoil, or their type would in an unbalanced form."""
-        if self.correction.is_identity:
-            return ~held
-        types = (torch.float16, torch.bfloat16)
-        half = [self.dtype in types or task.module.B.dtype in types for task in group]
-        limit = torch.where(torch.tensor(half, device=held.device), STORING_LIMIT, COMPUTING_LIMIT)
-        return ~held | (amplification.computing > COMPUTING_LIMIT) | (amplification.storing > limit)
-
-    def working_type(self) -> torch.dtype:
-        """Of the factors that kernels read and write: bfloat16 only where nothing is done to it later.
-
-        float16 goes through float32, as its few exponents have to be evened out before rounding.
-        """
-        found = {X.dtype for m in self.source.modules.values() for X in (m.B, m.A)}
-        plain = self.portable_rank is None and self.dtype in (None, torch.bfloat16)
-        return torch.bfloat16 if plain and found == {torch.bfloat16} else torch.float32
-
-    def place(self, task: _Task) -> Place:
-        module = task.module
-        r = self.rank(module)
-        return Place(
-            B=(module.B.shape[0], r),
-            A=(r, module.A.shape[1]),
-            B_dtype=self.dtype or module.B.dtype,
-            A_dtype=self.dtype or module.A.dtype,
-        )
-
-    def adapter(self, modules: dict[str, LoraModule]) -> LoraAdapter:
-        config = self.source.config
-        if self.portable_rank is not None:
-            config = portable_config(config, self.portable_rank)
-        return replace(self.source, modules=modules, config=config)
-
-
-def _tasks(adapter: LoraAdapter, subspace: SafetySubspace) -> list[_Task]:
-    where = str(subspace.path or "subspace")
-    matches = match_modules(adapter.modules, subspace.modules.keys(), where)
-    flipped = bool(adapter.config.get("fan_in_fan_out")) and any(
-        _is_flipped(module, subspace.modules[matches[name]])
-        for name, module in adapter.modules.items()
-    )
-    return [
-        _Task(
-            name,
-            matches[name],
-            module.detached(),
-            *_bases(name, module, matches[name], subspace, flipped),
-        )
-        for name, module in adapter.modules.items()
-    ]
-
-
-def _is_flipped(module: LoraModule, found: ModuleSubspace) -> bool:
-    """Whether only U and V in each other's place fit the update, as when the adapter knows that its
-    weights are stored as (d_in, d_out) and the estimate did not."""
-    shape = (module.B.shape[0], module.A.shape[1])
-    return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
-
-
-def _bases(
-    name: str, module: LoraModule, target: str, subspace: SafetySubspace, flipped: bool
-) -> tuple[Tensor, Tensor]:
-    """U and V of a module, in the orientation of its update."""
-    found: ModuleSubspace = subspace.modules[target]
-    shape = (module.B.shape[0], module.A.shape[1])
-    U, V = found.U, found.V
-    # The singular vectors of the transposed matrix are the same two bases in the other order. A square
-    # module does not tell; it is stored like the others.
-    if flipped and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape:
-        U, V = V, U
-    if (U.shape[0], V.shape[0]) != shape:
-        raise CsuloraError(
-            f"{subspace.path or 'subspace'}: {target} is {U.shape[0]} x {V.shape[0]}, but the adapter "
-            f"updates {name} with {shape[0]} x {shape[1]}; was the subspace estimated for another model?"
-        )
-    return U, V
-
-
-def _groups(tasks: list[_Task]) -> Iterator[list[_Task]]:
-    """Modules whose r x r systems can be solved in one call: equal rank and subspace rank."""
-    groups: dict[tuple[int, int], list[_Task]] = {}
-    for task in tasks:
-        groups.setdefault((task.module.rank, task.U.shape[1]), []).append(task)
-    yield from groups.values()
-
-
-def _single(task: _Task, device: torch.device) -> tuple[Tensor, Tensor]:
+def _single(task: Task, device: torch.device) -> tuple[Tensor, Tensor]:
     """B and A of a module in float32 on the device, converted once for both passes over them."""
     return task.module.B.to(device, torch.float32), task.module.A.to(device, torch.float32)
 
 
 def _project_group(
-    group: list[_Task], factors: list[tuple[Tensor, Tensor]]
+    group: list[Task], factors: list[tuple[Tensor, Tensor]]
 ) -> tuple[reference.Projection, Tensor]:
     """Stacked projections of a group, and for each module whether float32 held its squares.
 
@@ -419,7 +283,7 @@ def _project_group(
 
 
 def _solve_carefully(
-    group: list[_Task], cores: reference.Cores, which: Tensor, form: _Form
+    group: list[Task], cores: reference.Cores, which: Tensor, form: Form
 ) -> dict[str, tuple[careful.Parts, reference.Cores]]:
     """Parts and cores in float64 of the modules that need it; their figures replace those in `cores`."""
     found = {}
@@ -435,11 +299,11 @@ def _solve_carefully(
 
 
 def _recompose(
-    task: _Task,
+    task: Task,
     pair: tuple[Tensor, Tensor],
     projection: reference.Projection,
     cores: reference.Cores,
-    form: _Form,
+    form: Form,
     into: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The module's new factors in float32, in the memory kept for them if that will do."""
@@ -453,27 +317,8 @@ def _recompose(
     return reference.recompose(B, A, U, V, projection, cores, into if there else None)
 
 
-def _finish(
-    task: _Task, B: Tensor, A: Tensor, form: _Form, into: tuple[Tensor, Tensor]
-) -> LoraModule:
-    """The module in the form that is wanted, its factors in the memory and type kept for them."""
-    module = task.module
-    alpha = module.alpha
-    if A.shape[0] != module.rank:
-        flag = bool(form.source.config.get("use_rslora"))
-        alpha = alpha_for_rank(alpha, module.rank, A.shape[0], flag)
-    new = LoraModule(A=A, B=B, alpha=alpha, scaling=module.scaling)
-    if form.portable_rank is not None:
-        new = new.portable(form.portable_rank)
-    B, A = new.B, new.A
-    if torch.float16 in (into[0].dtype, into[1].dtype) and not form.correction.is_identity:
-        B, A = balance(B, A)
-    store(task.name, B, A, into, scaled=form.portable_rank is not None)
-    return replace(new, B=into[0], A=into[1])
-
-
 def _group_reports(
-    group: list[_Task], cores: reference.Cores, form: _Form
+    group: list[Task], cores: reference.Cores, form: Form
 ) -> dict[str, ModuleReport]:
     module = group[0].module
     ranks = (module.rank, form.rank(module), group[0].U.shape[1])

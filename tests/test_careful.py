@@ -9,9 +9,9 @@ from test_reference import factors
 from tolerances import TOLERANCES
 
 import csulora
-from csulora.correction import COMPUTING_LIMIT
 from csulora.reference import project, solve_with_amplification
 from csulora.subspace import Origin
+from csulora.tasks import COMPUTING_LIMIT
 
 NAME = "model.layers.0.mlp.down_proj"
 ALL = (1e4, 1e4, 1e4, 1e4)
