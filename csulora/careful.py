@@ -18,11 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csulora.errors import CsuloraError
 from csulora.reference import Cores, even_gauge, solve_grams
 from csulora.settings import Correction
 
 # Singular values below this share of the largest are what float64 leaves of zero.
 NOISE = 1e-12
+
+
+# Squares below this may be what is left of a sum that float32 cannot hold.
+SMALLEST_SQUARE = 1e-30
+
+
+def overflow(name: str) -> CsuloraError:
+    """The error for a module with a square that is not finite."""
+    return CsuloraError(f"{name}: NaN, or factors whose squares overflow float32")
 
 
 class Parts(NamedTuple):

@@ -26,9 +26,6 @@ from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 from csulora.tasks import Form, Task, finish, groups_of, tasks_of
 
-# Far enough above the smallest float32 that a sum of squares keeps its digits.
-SMALLEST_SQUARE = 1e-30
-
 
 def correct(
     adapter: LoraAdapter,
@@ -277,9 +274,8 @@ def _project_group(
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in (stacked.G_B, stacked.G_A)], dim=-1)
     finite = torch.isfinite(squares).all(-1)
     if not bool(finite.all()):
-        name = group[int(finite.int().argmin())].name
-        raise CsuloraError(f"{name}: NaN, or factors whose squares overflow float32")
-    return stacked, (squares > SMALLEST_SQUARE).all(-1)
+        raise careful.overflow(group[int(finite.int().argmin())].name)
+    return stacked, (squares > careful.SMALLEST_SQUARE).all(-1)
 
 
 def _solve_carefully(

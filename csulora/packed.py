@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 import csulora_kernels
+from csulora.careful import SMALLEST_SQUARE, overflow
 from csulora.errors import CsuloraError
 from csulora.reference import FIGURES, Amplification, Cores, amplification
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 
 MAX_RANK = csulora_kernels.MAX_RANK
-# Squares below this may be what is left of a sum that float32 cannot hold.
-SMALLEST_SQUARE = 1e-30
 
 
 class Update(NamedTuple):
@@ -80,8 +79,7 @@ def correct_updates(
         columns = [place[key] for key in row]
         bad = [u.name for u, m in zip(updates, columns, strict=True) if not finite[i, m]]
         if bad:
-            problem = f"{bad[0]}: NaN, or factors whose squares overflow float32"
-            results.append(CsuloraError(problem))
+            results.append(overflow(bad[0]))
             continue
         nothing = torch.empty(0)  # the cores proper have done their work
         own = {name: X[i, columns] for name, X in figures.items()}
