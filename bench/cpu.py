@@ -66,7 +66,7 @@ def works_of(layers: int, r: int, k: int) -> tuple[LoraAdapter, dict[str, Callab
         "unavoidable products": products(adapter, subspace),
         "correct, exact, float32": lambda: correct(adapter, subspace, Correction()),
         "correct, exact, bfloat16": lambda: correct(half, subspace, Correction()),
-        "correct, same, float32": lambda: correct(adapter, subspace, Correction(rank="same")),
+        "correct, same, float32": lambda: correct(adapter, subspace, Correction(form="same")),
     }
 
 

@@ -28,7 +28,8 @@ from shapes import MODELS
 from torch import Tensor
 
 import csulora_kernels as kernels
-from csulora import Correction, reference
+from csulora import Correction
+from csulora.method.stages import project, recompose, solve
 
 TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
 MODELS["toy"] = ({"a": (96, 80), "b": (72, 96)}, 1)
@@ -42,7 +43,7 @@ class Row:
     model: str
     adapters: int
     r: int
-    rank: str
+    form: str
     what: str
     check: float | None = None  # relative error of the update
     milliseconds: float | None = None
@@ -176,16 +177,16 @@ def error(
 
 def stages(run: Run, name: str, work: Workload) -> None:
     """The kernels one by one, all together, and replayed from a graph."""
-    correction = Correction(rank=work.rank)
+    correction = Correction(form=work.form)
     basis, table = batch(work, run.device)
     ws = kernels.workspace(table, basis, correction)
-    out = kernels.empty_like(table, 2 if work.rank == "exact" else 1)
+    out = kernels.empty_like(table, 2 if work.form == "exact" else 1)
     whole = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
     result = whole()
     wrong = error(basis, table, result, correction)
     passed = wrong <= TOLERANCE
     counted = stage_bytes(work, ws.tiles)
-    row = partial(Row, name, work.adapters, work.r, work.rank, check=wrong)
+    row = partial(Row, name, work.adapters, work.r, work.form, check=wrong)
     projection, cores = result.projection, result.cores
     run.add(
         row(what="project"),
@@ -219,7 +220,7 @@ def graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
     """The reference in float32 on the same device, the adapters of a module as one stack."""
-    correction = Correction(rank=work.rank)
+    correction = Correction(form=work.form)
     basis, table = batch(work, run.device)
     stacks = [
         (
@@ -232,8 +233,8 @@ def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
     ]
 
     def one(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        own = reference.project(B, A, U, V)
-        left, right = reference.recompose(B, A, U, V, own, reference.solve(own, correction))
+        own = project(B, A, U, V)
+        left, right = recompose(B, A, U, V, own, solve(own, correction)[0])
         return left.to(work.dtype), right.to(work.dtype)
 
     function = torch.compile(one, dynamic=True) if compiled else one
@@ -243,14 +244,14 @@ def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
             function(*stack)
 
     wrong = 0.0
-    if work.rank == "exact":
+    if work.form == "exact":
         B, A, U, V = stacks[0]
         update, exact = (left.double() @ right.double() for left, right in (
             (X[-1] for X in function(*stacks[0])), float64(B[-1], A[-1], U, V, correction)
         ))  # fmt: skip
         wrong = float((update - exact).norm() / exact.norm())
     what = "reference, torch.compile" if compiled else "reference, eager"
-    row = Row(name, work.adapters, work.r, work.rank, what=what, check=wrong)
+    row = Row(name, work.adapters, work.r, work.form, what=what, check=wrong)
     run.add(row, all_modules, work.floor, wrong <= TOLERANCE)
 
 
@@ -259,17 +260,17 @@ def float64(
 ) -> tuple[Tensor, Tensor]:
     """The exact result's factors."""
     B, A, U, V = (X.double() for X in (B, A, U, V))
-    own = reference.project(B, A, U, V)
-    cores = reference.solve(own, replace(correction, rank="exact"))
-    return reference.recompose(B, A, U, V, own, cores)
+    own = project(B, A, U, V)
+    cores, _ = solve(own, replace(correction, form="exact"))
+    return recompose(B, A, U, V, own, cores)
 
 
 def as_line(row: Row) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def number(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
 
     return (
-        f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.rank:6} {row.what:24} "
+        f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.form:6} {row.what:24} "
         f"{number(row.milliseconds, '9.3f')} ms  {number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
         f"{number(row.floor_share, '6.1%')} of copy  error {number(row.check, '.1e')} {row.note}"
     )
@@ -281,19 +282,19 @@ def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
         return [("toy", 2, 3, "exact", kind) for kind in ("stages", "eager")] + [
             ("toy", 2, 3, "same", "stages")
         ]
-    first = [("llama-3.1-8b", N, 16, rank) for N in (64, 1, 8) for rank in ("exact", "same")]
+    first = [("llama-3.1-8b", N, 16, form) for N in (64, 1, 8) for form in ("exact", "same")]
     rest = [
-        (model, N, r, rank)
+        (model, N, r, form)
         for model in ("llama-3.1-8b", "llama-2-7b")
         for r in (16, 8, 64)
         for N in (1, 8, 64)
-        for rank in ("exact", "same")
+        for form in ("exact", "same")
     ]
     ordered = list(dict.fromkeys([*first, *rest]))
     compared = [
-        (model, N, 16, rank, kind)
+        (model, N, 16, form, kind)
         for kind in ("eager", "compiled")
-        for model, N, rank in (
+        for model, N, form in (
             ("llama-3.1-8b", 64, "exact"),
             ("llama-3.1-8b", 1, "exact"),
             ("llama-3.1-8b", 1, "same"),
@@ -321,18 +322,18 @@ def main() -> None:
     run = Run(no_clock if arguments.dry else cuda_clock, device, deadline)
     facts = machine(run)
     print(json.dumps(facts, indent=1))
-    for model, N, r, rank, kind in cases(arguments.dry):
+    for model, N, r, form, kind in cases(arguments.dry):
         if time.monotonic() > deadline:
-            print(f"time is up: {model} N={N} r={r} {rank} and what follows was not run")
+            print(f"time is up: {model} N={N} r={r} {form} and what follows was not run")
             break
-        work = Workload.of(model, N, r, rank)
+        work = Workload.of(model, N, r, form)
         try:
             if kind == "stages":
                 stages(run, model, work)
             else:
                 eager(run, model, work, compiled=kind == "compiled")
         except torch.cuda.OutOfMemoryError:
-            print(f"{model} N={N} r={r} {rank} {kind}: does not fit in this GPU's memory")
+            print(f"{model} N={N} r={r} {form} {kind}: does not fit in this GPU's memory")
         if on_gpu:
             torch.cuda.empty_cache()
     if arguments.json:

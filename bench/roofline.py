@@ -24,16 +24,16 @@ class Workload:
     shapes: tuple[Shape, ...]
     adapters: int
     r: int
-    rank: str  # exact or same
+    form: str  # exact or same
     dtype: torch.dtype
 
     @classmethod
     def of(
-        cls, model: str, adapters: int, r: int, rank: str, k: int = 64, dtype=torch.bfloat16
+        cls, model: str, adapters: int, r: int, form: str, k: int = 64, dtype=torch.bfloat16
     ) -> Workload:
         sides, layers = MODELS[model]
         shapes = tuple(Shape(*pair, k) for pair in sides.values()) * layers
-        return cls(shapes, adapters, r, rank, dtype)
+        return cls(shapes, adapters, r, form, dtype)
 
     def tiles(self, capability: int = 90, processors: int = 132) -> Tiles:
         return choose(self.shapes, self.adapters, self.r, self.dtype, capability, processors)
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def result(self) -> int:
-        return self.factors * (2 if self.rank == "exact" else 1)
+        return self.factors * (2 if self.form == "exact" else 1)
 
     @property
     def floor(self) -> int:
@@ -71,7 +71,7 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
         for d in (s.d_out, s.d_in):
             cut = -(-d // tiles.split_length) - 1
             partial += 4 * work.adapters * (K * R + R * R) * cut
-    same = work.rank == "same"
+    same = work.form == "same"
     H = 1 if same else 2
     # Written by solve and read by recompose: Y_out and Z, and X_out and W or P. Written only: the rest.
     read = 4 * entries * (H * R * R + H * K * R + K * R + (R * R if same else 0))
@@ -94,7 +94,7 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     groups = -(-N // tiles.group)
     C = tiles.group * R
     project = 2 * work.length * groups * (parts * K * C + gram * C * C)
-    same = work.rank == "same"
+    same = work.form == "same"
     per_row = 3 * 2 * K * R + (3 * 2 * R * R if same else 0)  # of B
     per_column = 3 * (2 * K * R + 2 * R * R) * (1 if same else 2)  # of A
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
@@ -107,30 +107,30 @@ def table() -> list[str]:
         "| N, r, form | factors | basis | result | floor | project | solve | recompose | to the floor |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for adapters, r, rank in (
+    for adapters, r, form in (
         (1, 16, "exact"),
         (64, 16, "exact"),
         (1, 16, "same"),
         (64, 16, "same"),
     ):
-        work = Workload.of("llama-3.1-8b", adapters, r, rank)
+        work = Workload.of("llama-3.1-8b", adapters, r, form)
         counted = stage_bytes(work, work.tiles())
         total = sum(counted.values())
         project = counted["project"] + counted.get("add partial sums", 0)
         numbers = (work.factors, work.basis, work.result, work.floor, project)
         numbers += (counted["solve"], counted["recompose"])
         cells = " | ".join(f"{n / 1e9:.3f}" for n in numbers)
-        lines.append(f"| {adapters}, {r}, {rank} | {cells} | {total / work.floor:.2f} |")
+        lines.append(f"| {adapters}, {r}, {form} | {cells} | {total / work.floor:.2f} |")
     return lines
 
 
 def flops_table() -> list[str]:
     lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
-    for adapters, r, rank in ((1, 16, "exact"), (64, 16, "exact"), (64, 16, "same")):
-        work = Workload.of("llama-3.1-8b", adapters, r, rank)
+    for adapters, r, form in ((1, 16, "exact"), (64, 16, "exact"), (64, 16, "same")):
+        work = Workload.of("llama-3.1-8b", adapters, r, form)
         counted = stage_flops(work, work.tiles())
         cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))
-        lines.append(f"| {adapters}, {r}, {rank} | {cells} |")
+        lines.append(f"| {adapters}, {r}, {form} | {cells} |")
     return lines
 
 

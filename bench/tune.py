@@ -3,7 +3,7 @@
     python bench/tune.py [--adapters 64] [--ranks 16,64]
 
 Every candidate has to pass the check of bench/gpu.py first. Compile the winners with
-tests/test_kernels_compiled.py (the slow set) before they go in: a tile that spills may still win here.
+tests/kernels/test_compiled.py (the slow set) before they go in: a tile that spills may still win here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def candidates(chosen: Tiles) -> Iterator[tuple[str, Tiles]]:
 
 
 def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None:
-    correction = Correction(rank=work.rank)
+    correction = Correction(form=work.form)
     basis, table = batch(work, device)
-    out = kernels.empty_like(table, 2 if work.rank == "exact" else 1)
+    out = kernels.empty_like(table, 2 if work.form == "exact" else 1)
     chosen = kernels.workspace(table, basis, correction).tiles
     best: dict[str, tuple[float, Tiles]] = {}
     for stage, tiles in itertools.islice(candidates(chosen), limit):
@@ -62,7 +62,7 @@ def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None
         if stage not in best or milliseconds < best[stage][0]:
             best[stage] = milliseconds, tiles
             print(f"{stage}: {milliseconds:.3f} ms", flush=True)
-    print(f"R = {chosen.R}, K = {chosen.K}, {work.dtype}, {work.adapters} adapters, {work.rank}:")
+    print(f"R = {chosen.R}, K = {chosen.K}, {work.dtype}, {work.adapters} adapters, {work.form}:")
     for stage, (milliseconds, tiles) in best.items():
         parts = {
             "chosen": f"{tiles}",
@@ -87,8 +87,8 @@ def main() -> None:
         if arguments.dry:
             tune(Workload.of("toy", 2, r, "exact"), device, no_clock, 2)
             continue
-        for rank in ("exact", "same"):
-            work = Workload.of("llama-3.1-8b", arguments.adapters, r, rank)
+        for form in ("exact", "same"):
+            work = Workload.of("llama-3.1-8b", arguments.adapters, r, form)
             tune(work, device, cuda_clock, None)
 
 

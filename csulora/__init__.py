@@ -1,27 +1,40 @@
 """Repair the safety of LoRA adapters after training, in closed form (CSULoRA, arXiv 2605.30640)."""
 
-from csulora.adapter import LoraAdapter, LoraModule
-from csulora.batch import Outcome, correct_many
-from csulora.correction import correct, decompose
-from csulora.errors import CsuloraError, UsageError
-from csulora.report import ModuleReport, Report
+from csulora.adapter import LoraAdapter, LoraModule, Source, identify
+from csulora.batch import correct_many
+from csulora.correction import correct, correct_batch, decompose
+from csulora.errors import ChangedError, CsuloraError, DiskFullError, ExistsError, UsageError
+from csulora.estimation import estimate
+from csulora.folder import correct_folder
+from csulora.outcome import Outcome
+from csulora.report import ModuleReport, Report, Totals
 from csulora.settings import Correction
-from csulora.subspace import ModuleSubspace, SafetySubspace
+from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedError",
     "Correction",
     "CsuloraError",
+    "DiskFullError",
+    "ExistsError",
     "LoraAdapter",
     "LoraModule",
     "ModuleReport",
     "ModuleSubspace",
+    "Origin",
     "Outcome",
     "Report",
     "SafetySubspace",
+    "Source",
+    "Totals",
     "UsageError",
     "correct",
+    "correct_batch",
+    "correct_folder",
     "correct_many",
     "decompose",
+    "estimate",
+    "identify",
 ]

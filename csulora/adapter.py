@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora import peft_config
-from csulora.buffers import read_safetensors
-from csulora.errors import CsuloraError, DiskFullError
-from csulora.files import (
-    copy_file,
-    inside,
-    json_bytes,
-    json_rows,
-    read_bytes,
-    resolve_source,
-    sha256_file,
-    whole_folder,
-    write_bytes,
-    write_safetensors,
-)
-from csulora.names import ends_with
+from csulora.errors import CsuloraError
+from csulora.files import peft_config
+from csulora.files.folders import check_apart, inside, whole_folder, writing
+from csulora.files.hub import resolve_source
+from csulora.files.json import json_bytes, json_rows
+from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
+from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
+from csulora.files.safetensors import check_finite, read_safetensors, write_safetensors
+from csulora.report import Report
+from csulora.text import listed, span
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 REPORT = "csulora_report.json"
 HUB_PATTERNS = ["*"]
-PREFIX = "base_model.model."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraModule:
     """The update of one linear weight, dW = scaling * B @ A."""
 
@@ -46,6 +38,11 @@ class LoraModule:
     B: Tensor  # (d_out, r)
     alpha: float
     scaling: float
+
+    def __repr__(self) -> str:
+        shape = f"{self.B.shape[0]} x {self.A.shape[1]}"
+        dtype = str(self.B.dtype).removeprefix("torch.")
+        return f"LoraModule({shape}, rank {self.rank}, alpha {self.alpha:g}, {dtype})"
 
     @property
     def rank(self) -> int:
@@ -75,21 +72,38 @@ class Source:
     sha256: str  # of adapter_model.safetensors
     config_sha256: str  # of adapter_config.json
 
+    def to_dict(self) -> dict[str, str]:
+        """What a report says of it; the folder may be another one elsewhere."""
+        return {"name": self.name, "sha256": self.sha256, "config_sha256": self.config_sha256}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LoraAdapter:
     """A PEFT LoRA adapter in memory.
 
     modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights.
-    extra: tensors by their name in the file that are not such updates, kept as they are.
-    extra_modules: names and ranks of LoRA modules among `extra` (DoRA, embeddings, convolutions, ...).
+    config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
+    passed_through: tensors by their name in the file that are not such updates, kept as they are.
+    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
+        convolutions, ...).
     """
 
     modules: dict[str, LoraModule]
     config: dict[str, Any]
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    extra_modules: dict[str, int] = field(default_factory=dict)
+    passed_through: dict[str, Tensor] = field(default_factory=dict)
+    passed_through_ranks: dict[str, int] = field(default_factory=dict)
     source: Source | None = None
+
+    def __repr__(self) -> str:
+        ranks = sorted({module.rank for module in self.modules.values()})
+        parts = [f"{len(self.modules)} modules"]
+        if ranks:
+            parts.append(f"rank {span(ranks)}")
+        if self.passed_through:
+            parts.append(f"{len(self.passed_through)} tensors passed through")
+        if self.source is not None:
+            parts.append(f"from {self.source.name}")
+        return f"LoraAdapter({', '.join(parts)})"
 
     @classmethod
     def load(
@@ -116,75 +130,101 @@ class LoraAdapter:
         config = peft_config.parse_config(config_file, config_data)
         weights = _weights_file(path)
         tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
-        linear, extra, extra_modules = _sort_out(tensors, config)
-        if extra and not pass_through:
+        config_digest = hashlib.sha256(config_data).hexdigest()
+        source = Source(path, _folder_name(folder), digest, config_digest)
+        return cls._of(weights, tensors, config, pass_through, source)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        pass_through: bool = False,
+    ) -> LoraAdapter:
+        """An adapter from tensors by the names that PEFT saves them under, and its configuration.
+
+        tensors: what `peft.get_peft_model_state_dict(model)` returns; they are not copied.
+        config: what PEFT's `LoraConfig.to_dict()` returns, or the content of `adapter_config.json`.
+
+        Raises as `load`.
+        """
+        checked = peft_config.plain_config(config)
+        check_finite("tensors", tensors)
+        return cls._of("tensors", tensors, checked, pass_through, None)
+
+    @classmethod
+    def _of(
+        cls,
+        where: str | Path,
+        tensors: Mapping[str, Tensor],
+        config: dict[str, Any],
+        pass_through: bool,
+        source: Source | None,
+    ) -> LoraAdapter:
+        linear, others, ranks = sort_out(tensors, config)
+        if others and not pass_through:
             raise CsuloraError(
-                f"{weights}: {len(extra)} tensor(s) are not a LoRA update on a linear weight: "
-                f"{listed(extra)}; pass --pass-through to copy them uncorrected"
+                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight: "
+                f"{listed(others)}; pass --pass-through to copy them uncorrected"
             )
-        if not linear and not extra:
-            raise CsuloraError(f"{weights}: holds no LoRA tensors")
-        return cls(
-            modules={name: _module(weights, name, linear[name], config) for name in sorted(linear)},
-            config=config,
-            extra=extra,
-            extra_modules=extra_modules,
-            source=Source(
-                folder=path,
-                name=_folder_name(folder),
-                sha256=digest,
-                config_sha256=hashlib.sha256(config_data).hexdigest(),
-            ),
-        )
+        if not linear and not others:
+            raise CsuloraError(f"{where}: holds no LoRA tensors")
+        modules = {name: _module(where, name, linear[name], config) for name in sorted(linear)}
+        return cls(modules, config, others, ranks, source)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names that PEFT saves them under, without copies."""
+        tensors = dict(self.passed_through)
+        for name, module in self.modules.items():
+            tensors[factor_name(name, "A")] = module.A
+            tensors[factor_name(name, "B")] = module.B
+        return tensors
+
+    def written_config(self) -> dict[str, Any]:
+        """The configuration under which PEFT gives every module its own rank and alpha.
+
+        `config` itself where that is so already; patterns and defaults of a changed adapter otherwise.
+        """
+        ranks = {name: module.rank for name, module in self.modules.items()}
+        alphas = {name: module.alpha for name, module in self.modules.items()}
+        for name in self.passed_through_ranks:
+            alphas[name] = peft_config.module_alpha(self.config, name)
+        return peft_config.corrected_config(self.config, ranks | self.passed_through_ranks, alphas)
 
     def save(
         self,
         folder: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        report: Mapping[str, Any] | None = None,
+        report: Report | Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Write the adapter folder whole or not at all.
 
         Every other file of the source folder is copied, except other adapter weights (a pickled copy,
         a nested adapter), which would be uncorrected, and links to folders; their names are returned.
-        `report` becomes `csulora_report.json`. Raises CsuloraError if the folder exists and `overwrite`
-        is not set, and if it lies within the source folder or around it.
+        `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
+        the folder exists and `overwrite` is not set, and CsuloraError if it lies within the source
+        folder or around it.
         """
         target = Path(folder)
         if self.source is not None:
-            place, origin = target.resolve(), self.source.folder.resolve()
-            if place.is_relative_to(origin) or origin.is_relative_to(place):
-                raise CsuloraError(
-                    f"{target}: lies inside the adapter {self.source.folder} or around it"
-                )
-        tensors = dict(self.extra)
-        for name, module in self.modules.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = module.A
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = module.B
-        try:
-            with whole_folder(target, overwrite=overwrite) as temporary:
-                copied, left_out = _other_files(self.source)
-                for relative, path in copied.items():
-                    copy_file(path, temporary / relative)
-                write_safetensors(temporary / WEIGHTS, tensors, {"format": "pt"})
-                write_bytes(temporary / peft_config.FILE, json_bytes(self._written_config()))
-                if report is not None:
-                    write_bytes(temporary / REPORT, json_rows({**report, "left_out": left_out}))
-        except OSError as error:
-            place = error.filename or target
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise (DiskFullError if full else CsuloraError)(
-                f"{target}: cannot be written ({place}: {error.strerror or error})"
-            ) from None
+            check_apart(target, self.source.folder)
+        values = report.to_dict() if isinstance(report, Report) else report
+        with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
+            copied, left_out = _other_files(self.source)
+            for relative, path in copied.items():
+                copy_file(path, temporary / relative)
+            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"})
+            write_bytes(temporary / peft_config.FILE, json_bytes(self.written_config()))
+            if values is not None:
+                write_bytes(temporary / REPORT, json_rows({**values, "left_out": left_out}))
         return left_out
-
-    def _written_config(self) -> dict[str, Any]:
-        ranks = {name: module.rank for name, module in self.modules.items()} | self.extra_modules
-        alphas = {name: module.alpha for name, module in self.modules.items()}
-        for name in self.extra_modules:
-            alphas[name] = peft_config.module_alpha(self.config, name)
-        return peft_config.corrected_config(self.config, ranks, alphas)
 
 
 def identify(folder: str | os.PathLike[str]) -> Source:
@@ -213,67 +253,15 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _sort_out(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, int]]:
-    """Split the file into linear LoRA factors by module, other tensors, and other modules' ranks."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    extra: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        module, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
-        if key.startswith(PREFIX) and module and side in ("A.weight", "B.weight"):
-            factors.setdefault(module, {})[side[0]] = tensor
-        else:
-            extra[key] = tensor
-    with_magnitude = {
-        key.removeprefix(PREFIX).partition(".lora_magnitude_vector")[0]
-        for key in extra
-        if ".lora_magnitude_vector" in key
-    }
-    linear: dict[str, dict[str, Tensor]] = {}
-    other_ranks: dict[str, int] = {}
-    for name, pair in factors.items():
-        plain = not (
-            config.get("use_dora") or name in with_magnitude or _is_expert(name, pair, config)
-        )
-        if plain and all(tensor.dim() == 2 for tensor in pair.values()):
-            linear[name] = pair
-            continue
-        other_ranks[name] = peft_config.module_rank(config, name)
-        for side, tensor in pair.items():
-            extra[f"{PREFIX}{name}.lora_{side}.weight"] = tensor
-    for key in extra:
-        if ".lora_embedding_A" in key:
-            name = key.removeprefix(PREFIX).partition(".lora_embedding_A")[0]
-            other_ranks[name] = peft_config.module_rank(config, name)
-    return linear, extra, other_ranks
-
-
-def _is_expert(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA pair belongs to `target_parameters`, where one pair holds all experts.
-
-    A parameter given by its bare name does not tell the module; there the rank does, a multiple of
-    the configured one.
-    """
-    parents = {str(p).rpartition(".")[0] for p in config.get("target_parameters") or ()}
-    bare = name.removesuffix(".base_layer")
-    while bare.endswith(".base_layer"):
-        bare = bare.removesuffix(".base_layer")
-    if bare != name or any(parent and ends_with(bare, parent) for parent in parents):
-        return True
-    rank = peft_config.module_rank(config, name)
-    return "" in parents and "A" in pair and pair["A"].shape[0] != rank
-
-
 def _module(
-    path: Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
+    path: str | Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> LoraModule:
     for side, other in (("A", "B"), ("B", "A")):
         if side not in pair:
-            raise CsuloraError(f"{path}: {PREFIX}{name}.lora_{other}.weight has no lora_{side}")
+            raise CsuloraError(f"{path}: {factor_name(name, other)} has no lora_{side}")
         if pair[side].dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {PREFIX}{name}.lora_{side}.weight is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side)} is {pair[side].dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
     A, B = pair["A"], pair["B"]
@@ -315,8 +303,3 @@ def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "")

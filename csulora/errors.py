@@ -11,3 +11,11 @@ class UsageError(CsuloraError):
 
 class DiskFullError(CsuloraError):
     """No space, or no quota, is left where an output should go."""
+
+
+class ExistsError(CsuloraError):
+    """Something is already where an output should go."""
+
+
+class ChangedError(CsuloraError):
+    """An output is there, but of another source, subspace or settings than asked for."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from csulora.errors import CsuloraError
-from csulora.files import whole_file
+from csulora.files.folders import whole_file
 from csulora.report import ModuleReport, Report
 
 _PANELS = {
@@ -77,13 +77,13 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 def _axes(names: list[str]) -> tuple[list[str], list[str]]:
     """Row labels (layers) and column labels (kinds of module), in order of appearance."""
-    places = [_place(name) for name in names]
-    rows = sorted({layer for layer, _ in places}, key=lambda s: (not s.isdigit(), int(s or 0), s))
-    columns = list(dict.fromkeys(kind for _, kind in places))
+    cells = [_cell(name) for name in names]
+    rows = sorted({layer for layer, _ in cells}, key=lambda s: (not s.isdigit(), int(s or 0), s))
+    columns = list(dict.fromkeys(kind for _, kind in cells))
     return rows, columns
 
 
-def _place(name: str) -> tuple[str, str]:
+def _cell(name: str) -> tuple[str, str]:
     """(layer, kind) of a module name: its first number, and its last two parts."""
     number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
     kind = [part for part in name.split(".") if not part.isdigit()]
@@ -101,7 +101,7 @@ def _grid(
     total = np.zeros((len(rows), len(columns)))
     count = np.zeros_like(total)
     for name, module in modules.items():
-        layer, kind = _place(name)
+        layer, kind = _cell(name)
         cell = rows.index(layer), columns.index(kind)
         total[cell] += sum(getattr(module, which)[block] for block in blocks)
         count[cell] += 1

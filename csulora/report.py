@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from csulora.errors import CsuloraError
-from csulora.reference import Cores
-from csulora.settings import Correction
+from csulora.method.stages import Figures
 
 FORMAT = "csulora_report/1"
 BLOCKS = ("aligned", "partial_left", "partial_right", "off")
@@ -22,7 +21,7 @@ class ModuleReport:
 
     energy_before, energy_after: ||dW||_F^2 and ||dW*||_F^2, scaling included (weight units squared).
     relative_change: ||dW* - dW||_F / ||dW||_F.
-    rank_error: ||dW*_same - dW*_exact||_F / ||dW*_exact||_F, 0 for rank `exact`.
+    rank_error: ||dW*_same - dW*_exact||_F / ||dW*_exact||_F, 0 for form `exact`.
     """
 
     rank_in: int
@@ -60,6 +59,7 @@ class Report:
     source: dict[str, Any] = field(default_factory=dict)
     passed_through: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # files of the source that were not copied
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `csulora_report.json`; strictly valid JSON values."""
@@ -72,20 +72,38 @@ class Report:
             "totals": dict(vars(self.totals)),
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote, or the content of a `csulora_report.json`.
+
+        Raises CsuloraError for anything else.
+        """
+        given = dict(values)
+        found = given.pop("format", None)
+        if found != FORMAT:
+            raise CsuloraError(f"not a report: format is {found!r}, expected {FORMAT!r}")
+        try:
+            modules = {name: ModuleReport(**entry) for name, entry in given["modules"].items()}
+            return cls(**{**given, "modules": modules, "totals": Totals(**given["totals"])})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CsuloraError(f"not a report of this version: {error}") from None
+
 
 def module_reports(
-    names: Iterable[str], cores: Cores, scalings: Iterable[float], ranks: tuple[int, int, int]
+    names: Iterable[str],
+    figures: Figures,
+    scalings: Iterable[float],
+    ranks: Iterable[tuple[int, int, int]],
 ) -> dict[str, ModuleReport]:
-    """Reports of a stack of n modules from their cores; `ranks` is (in, out, subspace)."""
-    energy, before, after = cores.energy.tolist(), cores.before.tolist(), cores.after.tolist()
-    change, error = cores.relative_change.tolist(), cores.rank_error.tolist()
+    """Reports of n modules from their figures; `ranks` are (in, out, subspace) of each."""
+    energy, before, after, change, error = (X.tolist() for X in figures)
     reports = {}
-    for i, (name, s) in enumerate(zip(names, scalings, strict=True)):
+    for i, (name, s, own) in enumerate(zip(names, scalings, ranks, strict=True)):
         total = s * s * energy[i]
         if not math.isfinite(total):
             raise CsuloraError(f"{name}: the energy of its update, {total}, is out of range")
         reports[name] = ModuleReport(
-            *ranks,
+            *own,
             energy_before=total,
             energy_after=total * sum(after[i]),
             relative_energy_before=dict(zip(BLOCKS, before[i], strict=True)),
@@ -124,13 +142,6 @@ def rank_warnings(total: Totals, modules: Mapping[str, ModuleReport]) -> list[st
     if worst is None or modules[worst].rank_error <= RANK_ERROR_WARNING:
         return []
     return [
-        f"rank same is {total.rank_error:.1%} off the exact result in total, "
-        f"{modules[worst].rank_error:.1%} in {worst}; use rank exact where the server allows 2r"
+        f"form same is {total.rank_error:.1%} off the exact result in total, "
+        f"{modules[worst].rank_error:.1%} in {worst}; use form exact where the server allows 2r"
     ]
-
-
-def settings_dict(correction: Correction) -> dict[str, Any]:
-    """The settings as JSON values; an infinite strength is the string "inf"."""
-    return {
-        name: "inf" if value == math.inf else value for name, value in asdict(correction).items()
-    }

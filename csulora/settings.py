@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
-from typing import Literal
+from typing import Any
 
 from csulora.errors import UsageError
-
-Granularity = Literal["direction", "component"]
-Rank = Literal["exact", "same"]
+from csulora_kernels import FORMS, GRANULARITIES, Form, Granularity
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Correction:
         (I - P_U) dW (I - P_V). The defaults keep the aligned block; 10 is this project's choice.
     granularity: "direction" attenuates each singular direction of a block by its own relative energy,
         "component" the block as a whole.
-    rank: "exact" returns rank 2r with nothing lost, "same" a rank-r fit that keeps the pinned block.
+    form: "exact" returns rank 2r with nothing lost, "same" a rank-r fit that keeps the pinned block.
 
     Raises UsageError for a negative or NaN strength or an unknown choice.
     """
@@ -32,7 +31,7 @@ class Correction:
     lambda_right: float = 10.0
     lambda_off: float = 10.0
     granularity: Granularity = "direction"
-    rank: Rank = "exact"
+    form: Form = "exact"
 
     def __post_init__(self) -> None:
         for name in ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off"):
@@ -48,8 +47,8 @@ class Correction:
                     f"{name} must be at least 0 (inf is the hard limit), not {value!r}"
                 )
             object.__setattr__(self, name, value)
-        _one_of("granularity", self.granularity, ("direction", "component"))
-        _one_of("rank", self.rank, ("exact", "same"))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("form", self.form, FORMS)
 
     @property
     def strengths(self) -> tuple[float, float, float, float]:
@@ -64,6 +63,23 @@ class Correction:
     def with_strength(self, strength: float) -> Correction:
         """The same choices with one strength for both partial blocks and the off block."""
         return replace(self, lambda_left=strength, lambda_right=strength, lambda_off=strength)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; an infinite strength is the string "inf"."""
+        return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Correction:
+        """The correction that `to_dict` wrote; fields that are not there have their defaults.
+
+        Raises UsageError for a name that is no field, and as the constructor does.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise UsageError(f"{unknown[0]!r} is no setting; there are {', '.join(names)}")
+        given: dict[str, Any] = {k: math.inf if v == "inf" else v for k, v in values.items()}
+        return cls(**given)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

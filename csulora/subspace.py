@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from csulora.errors import CsuloraError, UsageError
-from csulora.files import (
+from csulora.files.folders import whole_file
+from csulora.files.plain import sha256_file
+from csulora.files.safetensors import (
     open_safetensors,
     read_tensor,
     safetensors_chunks,
-    sha256_file,
-    whole_file,
     write_safetensors,
 )
+from csulora.text import span
 
 if TYPE_CHECKING:
-    from csulora.adapter import LoraAdapter
     from csulora_kernels import Basis
 
 FORMAT = "csulora_subspace/1"
@@ -35,7 +35,7 @@ ORTHONORMAL = 1e-4
 _ORIGIN = ("base", "aligned", "base_digest", "aligned_digest")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleSubspace:
     """Leading singular triplets of D = W_aligned - W_base of one module, in (d_out, d_in) orientation."""
 
@@ -44,6 +44,16 @@ class ModuleSubspace:
     V: Tensor  # (d_in, k) float32, orthonormal columns
     energy_share: float  # ||U^T D V||^2 / ||D||^2, 0 where D = 0
     fan_in_fan_out: bool = False  # the checkpoint stores the weight as (d_in, d_out)
+
+    def __repr__(self) -> str:
+        shape = f"{self.U.shape[0]} x {self.V.shape[0]}"
+        share = f"{100 * self.energy_share:.1f} % of the energy"
+        return f"ModuleSubspace({shape}, rank {self.rank}, {share})"
+
+    @property
+    def rank(self) -> int:
+        """k, the number of directions."""
+        return self.S.shape[0]
 
     def leading(self, rank: int) -> ModuleSubspace:
         """The prefix of at most `rank` directions."""
@@ -68,7 +78,7 @@ class Origin:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SafetySubspace:
     """Per module the directions in which alignment moved the weights.
 
@@ -79,34 +89,15 @@ class SafetySubspace:
     origin: Origin
     path: Path | None = None  # the file it was loaded from
 
-    @classmethod
-    def estimate(
-        cls,
-        base: str | os.PathLike[str],
-        aligned: str | os.PathLike[str],
-        *,
-        rank: int = 64,
-        energy: float | None = None,
-        modules: list[str] | None = None,
-        like: LoraAdapter | str | os.PathLike[str] | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        progress: Callable[[int, int, str], None] | None = None,
-    ) -> SafetySubspace:
-        """Estimate from two Hugging Face checkpoints; see `csulora.estimate.estimate_subspace`."""
-        from csulora.estimate import estimate_subspace
+    def __repr__(self) -> str:
+        ranks = sorted({module.rank for module in self.modules.values()}) or [0]
+        pair = f"{self.origin.base} to {self.origin.aligned}"
+        return f"SafetySubspace({len(self.modules)} modules, rank {span(ranks)}, {pair})"
 
-        return estimate_subspace(
-            base,
-            aligned,
-            rank=rank,
-            energy=energy,
-            modules=modules,
-            like=like,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+    @property
+    def rank(self) -> int:
+        """The largest number of directions of a module."""
+        return max(module.rank for module in self.modules.values())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, rank: int | None = None) -> SafetySubspace:

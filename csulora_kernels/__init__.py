@@ -16,13 +16,28 @@ from csulora_kernels.api import (
     workspace,
 )
 from csulora_kernels.displacement import displacement_product
-from csulora_kernels.layout import Basis, Penalties, Table, empty_like, pack, pack_basis
+from csulora_kernels.layout import (
+    FORMS,
+    GRANULARITIES,
+    Basis,
+    Form,
+    Granularity,
+    Penalties,
+    Table,
+    empty_like,
+    pack,
+    pack_basis,
+)
 from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
 __all__ = [
+    "FORMS",
+    "GRANULARITIES",
     "MAX_RANK",
     "Basis",
     "Cores",
+    "Form",
+    "Granularity",
     "Penalties",
     "Projection",
     "Result",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from csulora_kernels import plan
-from csulora_kernels.layout import Basis, Shape, Table, empty_like
+from csulora_kernels.layout import FORMS, GRANULARITIES, Basis, Shape, Table, empty_like
 from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose
 
 
@@ -59,7 +59,7 @@ class Result(NamedTuple):
     cores: Cores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workspace:
     """Buffers and work lists for one table, basis and form of the result; reusable, not shareable."""
 
@@ -73,6 +73,10 @@ class Workspace:
     cores: Cores
     scratch: Tensor  # (programs, matrices, R, R) float64
 
+    def __repr__(self) -> str:
+        form = "same" if self.same else "exact"
+        return f"Workspace(form {form}, {len(self.shapes)} modules, R {self.tiles.R}, K {self.tiles.K})"
+
 
 def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = None) -> Workspace:
     """All memory that `correct` needs for tables of this layout besides `out`.
@@ -83,7 +87,7 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
     reason = unavailable(table.data.device)
     if reason is not None:
         raise RuntimeError(reason)
-    same = _checked_rank(penalties)
+    same = _is_same(penalties)
     device = table.data.device
     N, M = len(table.slots), len(table.shapes)
     if tiles is None:
@@ -159,8 +163,8 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
     from csulora_kernels._solve import solve_kernel
 
     ws, tiles = workspace, workspace.tiles
-    if _checked_rank(penalties) != ws.same:
-        raise ValueError(f"the workspace was made for rank={'same' if ws.same else 'exact'}")
+    if _is_same(penalties) != ws.same:
+        raise ValueError(f"the workspace was made for form={'same' if ws.same else 'exact'}")
     c = ws.cores
     n_entries = c.energy.numel()
     if n_entries == 0:
@@ -368,14 +372,14 @@ def _check_workspace(table: Table, ws: Workspace) -> None:
         raise ValueError("the workspace was made for a table of another layout")
 
 
-def _checked_rank(penalties: Any) -> bool:
-    """Whether the form is `same`, after a check of all of it."""
+def _is_same(penalties: Any) -> bool:
+    """Whether the form is `same`, after a check of all settings."""
     for name in ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off"):
         value = getattr(penalties, name)
         if math.isnan(value) or value < 0:
             raise ValueError(f"{name} must be at least 0, not {value}")
-    if penalties.granularity not in ("direction", "component"):
-        raise ValueError(f"granularity must be direction or component: {penalties.granularity!r}")
-    if penalties.rank not in ("exact", "same"):
-        raise ValueError(f"rank must be exact or same, not {penalties.rank!r}")
-    return bool(penalties.rank == "same")
+    for name, choices in (("granularity", GRANULARITIES), ("form", FORMS)):
+        value = getattr(penalties, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
+    return bool(penalties.form == "same")

@@ -16,13 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Granularity = Literal["direction", "component"]
+Form = Literal["exact", "same"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 class Shape(NamedTuple):
@@ -49,11 +53,11 @@ class Penalties:
     lambda_left: float = 10.0
     lambda_right: float = 10.0
     lambda_off: float = 10.0
-    granularity: str = "direction"
-    rank: str = "exact"
+    granularity: Granularity = "direction"
+    form: Form = "exact"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
     """The subspaces of M modules."""
 
@@ -62,6 +66,9 @@ class Basis:
     offsets: tuple[tuple[int, int], ...]  # (o_U, o_V) of each module
     data: Tensor  # float32, flat
     modules: Tensor  # (M, 5) int64 on the device: d_out, d_in, k, o_U, o_V
+
+    def __repr__(self) -> str:
+        return f"Basis({len(self.names)} modules, {self.data.nbytes} bytes on {self.data.device})"
 
     def U(self, m: int) -> Tensor:
         """(d_out, k), a view."""
@@ -86,7 +93,7 @@ class Basis:
         return _basis(tuple(wanted), rows, self.data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """The factors of N adapters for the M modules of a basis."""
 
@@ -99,6 +106,11 @@ class Table:
     vec_d: int  # the same of every d_out and d_in
     key: int  # hash of all ranks
     made_for: tuple[int, int] | None = None  # key and factor of empty_like
+
+    def __repr__(self) -> str:
+        size = f"{len(self.slots)} adapters, {len(self.shapes)} modules"
+        dtype = str(self.data.dtype).removeprefix("torch.")
+        return f"Table({size}, ranks to {self.max_rank}, {dtype} on {self.data.device})"
 
     def B(self, i: int, m: int) -> Tensor:
         """(d_out, r) of adapter i and module m, a view."""

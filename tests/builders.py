@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csulora.cli import main
 
+HERE = Path(__file__).parent
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 SHAPES = {LAYERS[0]: (24, 16), LAYERS[1]: (16, 24)}
 NORM = "model.layers.0.input_layernorm.weight"
@@ -60,6 +61,19 @@ def raw_entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, o
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+def orthonormal(n: int, k: int, seed: int) -> Tensor:
+    """(n, k) in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0]
+
+
+def with_spectrum(m: int, n: int, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """(m, n) whose singular values are values(1, 2, ...)."""
+    count = min(m, n)
+    index = torch.arange(1, count + 1, dtype=torch.float64)
+    return ((orthonormal(m, count, 1) * values(index)) @ orthonormal(n, count, 2).mT).float()
+
+
 def checkpoint_tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {f"{n}.weight": torch.randn(s, generator=generator) for n, s in SHAPES.items()}
@@ -68,10 +82,16 @@ def checkpoint_tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[st
     return {name: X.to(dtype) for name, X in tensors.items()}
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], *, sharded: bool = False) -> Path:
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    sharded: bool = False,
+    model_type: str = "llama",
+) -> Path:
     """A checkpoint folder: one file, or two shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"model_type": "llama"})
+    write_json(folder / "config.json", {"model_type": model_type})
     if not sharded:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
@@ -220,3 +240,21 @@ def run(capsys, *arguments: object) -> Result:
         code = int(stop.code or 0)
     captured = capsys.readouterr()
     return Result(code, captured.out, captured.err)
+
+
+def run_correct(capsys, *arguments: object) -> Result:
+    """`csulora correct` in this process."""
+    return run(capsys, "correct", *arguments)
+
+
+def outcomes(result: Result) -> dict[str, tuple[str, str | None]]:
+    """(status, kind) of each adapter that `csulora correct --json` told of, by its name."""
+    return {
+        os.path.basename(entry["adapter"]): (entry["status"], entry.get("kind"))
+        for entry in json.loads(result.out)["adapters"]
+    }
+
+
+def journal_lines(out: Path) -> list[dict]:
+    lines = (out / JOURNAL).read_bytes().splitlines()
+    return [json.loads(line) for line in lines if line.startswith(b"{")]

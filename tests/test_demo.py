@@ -156,7 +156,7 @@ def test_one_pass_scoring_equals_greedy_decoding():
 
 def test_control_has_exactly_the_norm_asked_for():
     adapter = csulora.LoraAdapter.load(ASSETS / "adapter")
-    subspace = csulora.SafetySubspace.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
+    subspace = csulora.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
     whole = csulora.decompose(adapter, subspace).totals
     half = csulora.decompose(scaled(adapter, 0.5), subspace).totals
     assert half.energy_before == pytest.approx(whole.energy_before / 4, rel=1e-5)
@@ -164,7 +164,7 @@ def test_control_has_exactly_the_norm_asked_for():
 
 
 def test_random_subspace_is_orthonormal_of_the_same_shape_and_another_place():
-    subspace = csulora.SafetySubspace.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
+    subspace = csulora.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
     other = random_like(subspace)
     assert other.modules.keys() == subspace.modules.keys()
     for name, module in other.modules.items():

@@ -1,28 +1,17 @@
 """Estimation: accuracy against the exact SVD, streaming, orientation, determinism."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from builders import orthonormal, with_spectrum
 from safetensors.torch import save_file
 
-from csulora import CsuloraError, LoraAdapter, LoraModule, SafetySubspace
-from csulora.randomized_svd import top_triplets
-
-
-def orthonormal(n, k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0]
-
-
-def with_spectrum(m, n, values):
-    count = min(m, n)
-    index = torch.arange(1, count + 1, dtype=torch.float64)
-    return ((orthonormal(m, count, 1) * values(index)) @ orthonormal(n, count, 2).mT).float()
+from csulora import CsuloraError, LoraAdapter, LoraModule, SafetySubspace, estimate
+from csulora.method.krylov import top_triplets
 
 
 def gaussian(m, n):
@@ -108,7 +97,7 @@ def pair(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_estimate_reads_every_float_type_and_subtracts_in_float32(tmp_path, dtype):
     base, aligned = layer(0, dtype), layer(1, torch.float32)
-    subspace = SafetySubspace.estimate(
+    subspace = estimate(
         write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "a", aligned), rank=4
     )
     for name, module in subspace.modules.items():
@@ -123,18 +112,18 @@ def test_estimate_reads_every_float_type_and_subtracts_in_float32(tmp_path, dtyp
 def test_same_seed_same_bytes_and_a_smaller_rank_is_a_prefix(pair, tmp_path):
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
-        SafetySubspace.estimate(*pair, rank=8, seed=3).save(path)
+        estimate(*pair, rank=8, seed=3).save(path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     loaded = SafetySubspace.load(paths[0])
-    assert loaded.sha256 == SafetySubspace.estimate(*pair, rank=8, seed=3).sha256
+    assert loaded.sha256 == estimate(*pair, rank=8, seed=3).sha256
     for name, module in SafetySubspace.load(paths[0], rank=3).modules.items():
         assert torch.equal(module.U, loaded.modules[name].U[:, :3])
         assert torch.equal(module.S, loaded.modules[name].S[:3])
 
 
 def test_a_module_does_not_depend_on_what_else_is_selected(pair):
-    everything = SafetySubspace.estimate(*pair, rank=4)
-    alone = SafetySubspace.estimate(*pair, rank=4, modules=["k_proj"])
+    everything = estimate(*pair, rank=4)
+    alone = estimate(*pair, rank=4, modules=["k_proj"])
     assert list(alone.modules) == ["model.layers.0.k_proj"]
     name = "model.layers.0.k_proj"
     assert torch.equal(everything.modules[name].U, alone.modules[name].U)
@@ -144,10 +133,8 @@ def test_embeddings_and_head_are_left_out_unless_named(tmp_path):
     extra = {"model.embed_tokens": torch.randn(30, 48), "lm_head": torch.randn(30, 48)}
     base = write_checkpoint(tmp_path / "b", layer(0) | extra)
     aligned = write_checkpoint(tmp_path / "a", layer(1) | {k: v + 1 for k, v in extra.items()})
-    assert "lm_head" not in SafetySubspace.estimate(base, aligned, rank=2).modules
-    assert list(SafetySubspace.estimate(base, aligned, rank=2, modules=["lm_head"]).modules) == [
-        "lm_head"
-    ]
+    assert "lm_head" not in estimate(base, aligned, rank=2).modules
+    assert list(estimate(base, aligned, rank=2, modules=["lm_head"]).modules) == ["lm_head"]
 
 
 def lora(shapes, fan_in_fan_out, seed=5):
@@ -180,7 +167,7 @@ def test_conv1d_weights_are_turned_whoever_knows_about_it(tmp_path, model_type):
     adapter = lora({f"transformer.{n}": s for n, s in shapes.items()}, fan_in_fan_out=True)
     results = []
     for like in (None, adapter):
-        subspace = SafetySubspace.estimate(*folders, rank=8, like=like)
+        subspace = estimate(*folders, rank=8, like=like)
         new, _ = correct(adapter, subspace)
         results.append({n: m.B @ m.A for n, m in new.modules.items()})
     import oracle
@@ -202,12 +189,12 @@ def test_equal_modules_have_no_directions_and_equal_models_are_an_error(tmp_path
     base, aligned = layer(0), layer(1)
     aligned["model.layers.0.k_proj"] = base["model.layers.0.k_proj"]
     first = write_checkpoint(tmp_path / "b", base)
-    subspace = SafetySubspace.estimate(first, write_checkpoint(tmp_path / "a", aligned), rank=4)
+    subspace = estimate(first, write_checkpoint(tmp_path / "a", aligned), rank=4)
     assert subspace.modules["model.layers.0.k_proj"].U.shape == (16, 0)
     subspace.save(tmp_path / "s.safetensors")
     assert SafetySubspace.load(tmp_path / "s.safetensors").modules.keys() == base.keys()
     with pytest.raises(CsuloraError, match="equal"):
-        SafetySubspace.estimate(first, first, rank=4)
+        estimate(first, first, rank=4)
 
 
 def test_peak_memory_is_a_few_modules(tmp_path):
@@ -219,74 +206,21 @@ def test_peak_memory_is_a_few_modules(tmp_path):
         write_checkpoint(tmp_path / name, weights)
     code = f"""
 import resource, torch
-from csulora import SafetySubspace
+from csulora import estimate
 torch.linalg.svd(torch.randn(64, 64)); torch.linalg.eigh(torch.randn(64, 64).double())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-SafetySubspace.estimate({str(tmp_path / "b")!r}, {str(tmp_path / "a")!r}, rank=4)
+estimate({str(tmp_path / "b")!r}, {str(tmp_path / "a")!r}, rank=4)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 60 * 1024  # kB; both models are 192 MB
 
 
-TRITON = """
-import sys, torch
-from csulora.estimate import estimate_subspace
-from csulora_kernels import displacement_product
-
-torch.manual_seed(0)
-for dtype, (m, n, c) in (
-    (torch.bfloat16, (70, 45, 7)), (torch.float16, (33, 130, 20)), (torch.float32, (64, 32, 65))
-):
-    base, aligned = (torch.randn(m, n).to(dtype) for _ in range(2))
-    D = aligned.double() - base.double()
-    for transposed in (False, True):
-        X = torch.randn(m if transposed else n, c)
-        Y = displacement_product(base, aligned, X, transposed=transposed)
-        wanted = (D.mT if transposed else D) @ X.double()
-        error = float((Y.double() - wanted).norm() / wanted.norm())
-        assert Y.shape == wanted.shape and error <= 1e-6, (dtype, transposed, error)
-        assert torch.equal(Y, displacement_product(base, aligned, X, transposed=transposed))
-for backend in ("torch", "triton"):
-    subspace = estimate_subspace(*sys.argv[1:3], rank=2, seed=3, device="cpu", backend=backend)
-    subspace.save(sys.argv[3] + backend)
-"""
-
-
-def test_the_triton_product_is_exact_and_finds_the_same_subspace(tmp_path):
-    """In a process of its own, under the interpreter; weights of two types, one of them turned."""
-    pytest.importorskip("triton")
-    shapes = {"h.0.attn.c_proj": (64, 64), "h.0.mlp.c_fc": (48, 90)}
-    generator = torch.Generator().manual_seed(0)
-    base = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
-    aligned = {n: W.float() + with_spectrum(*W.shape, lambda i: 3.0**-i) for n, W in base.items()}
-    folders = (
-        write_checkpoint(tmp_path / "b", base, "gpt2"),
-        write_checkpoint(tmp_path / "a", aligned, "gpt2"),
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON, *map(str, folders), str(tmp_path / "s_")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (SafetySubspace.load(tmp_path / f"s_{name}") for name in ("torch", "triton"))
-    assert one.origin == two.origin
-    for name, module in one.modules.items():
-        found = two.modules[name]
-        torch.testing.assert_close(found.S, module.S, rtol=1e-4, atol=0)
-        for X, Y in ((found.U, module.U), (found.V, module.V)):
-            assert float((X - Y).abs().max()) <= 1e-3, name
-
-
 def test_the_reader_is_one_module_ahead_and_its_error_comes_through(pair, monkeypatch):
-    from csulora import estimate
+    from csulora import estimation
 
     events = []
-    read = estimate._read
+    read = estimation._read
     done = threading.Event()
 
     def recorded(checkpoint, name, digest):
@@ -300,15 +234,15 @@ def test_the_reader_is_one_module_ahead_and_its_error_comes_through(pair, monkey
         events.append(("work", name))
         return subspace(D, name, *rest)
 
-    subspace = estimate._module_subspace
-    monkeypatch.setattr(estimate, "_read", recorded)
-    monkeypatch.setattr(estimate, "_module_subspace", worked)
-    SafetySubspace.estimate(*pair, rank=2)
+    subspace = estimation._module_subspace
+    monkeypatch.setattr(estimation, "_read", recorded)
+    monkeypatch.setattr(estimation, "_module_subspace", worked)
+    estimate(*pair, rank=2)
     assert [name for kind, name in events if kind == "work"] == sorted(layer(0))
 
     def broken(checkpoint, name, digest):
         raise CsuloraError(f"{name}: gone")
 
-    monkeypatch.setattr(estimate, "_read", broken)
+    monkeypatch.setattr(estimation, "_read", broken)
     with pytest.raises(CsuloraError, match="gone"):
-        SafetySubspace.estimate(*pair, rank=2)
+        estimate(*pair, rank=2)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import csulora
-from csulora.names import is_tame, natural
+from csulora.files.names import is_tame, natural
 from csulora.plots import _percent, plot_shares
 
 SQUARE, WIDE = "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc"

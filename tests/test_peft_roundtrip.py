@@ -12,7 +12,9 @@ from csulora import (
     ModuleSubspace,
     SafetySubspace,
     correct,
+    estimate,
 )
+from csulora.settings import FORMS
 from csulora.subspace import Origin
 
 transformers = pytest.importorskip("transformers")
@@ -22,7 +24,7 @@ SETTINGS = [
     Correction(),
     Correction(0, 5, 50, 500, granularity="component"),
     Correction(30, 0, 30, 0),
-    Correction(rank="same"),
+    Correction(form="same"),
 ]
 
 
@@ -53,7 +55,7 @@ def world(request, tmp_path_factory):
             if parameter.dim() == 2:
                 parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder / "aligned")
-    subspace = SafetySubspace.estimate(folder / "base", folder / "aligned", rank=6)
+    subspace = estimate(folder / "base", folder / "aligned", rank=6)
     subspace.save(folder / "subspace.safetensors")
     return request.param, folder
 
@@ -102,7 +104,7 @@ def check(world, folder, corrected_folder, correction, tolerance, subspace):
         wanted = oracle.correct(
             dW, module.U, module.V, correction.strengths, correction.granularity
         )
-        if correction.rank == "same":
+        if correction.form == "same":
             kept, truth = (oracle.blocks(X, module.U, module.V)[0] for X in (result, wanted))
             assert float((kept - truth).norm()) <= tolerance * float(dW.norm())
         else:
@@ -137,16 +139,16 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("rank", ["exact", "same"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("patterned", [False, True])
-def test_scaling_rules(world, tmp_path, rank, portable, use_rslora, patterned):
+def test_scaling_rules(world, tmp_path, form, portable, use_rslora, patterned):
     """rsLoRA, rank_pattern and alpha_pattern; ranks above k = 6 and of 1; by PEFT's own rules."""
     options = PATTERNS[world[0]] if patterned else {}
     folder = make_adapter(world, tmp_path / "adapter", use_rslora=use_rslora, **options)
     subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
-    correction = Correction(rank=rank)
+    correction = Correction(form=form)
     new, report = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
     new.save(tmp_path / "new")
     check(world, folder, tmp_path / "new", correction, MERGE, subspace)
@@ -157,18 +159,18 @@ def test_scaling_rules(world, tmp_path, rank, portable, use_rslora, patterned):
         assert not config.rank_pattern and not config.alpha_pattern and not config.use_rslora
     else:
         assert config.use_rslora == use_rslora
-    if rank == "same" and not portable:
+    if form == "same" and not portable:
         original = peft.LoraConfig.from_pretrained(folder)
         assert (config.r, config.rank_pattern) == (original.r, original.rank_pattern)
 
 
-@pytest.mark.parametrize("rank", ["exact", "same"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_stay_within_two_ulp(world, tmp_path, dtype, rank, portable):
+def test_half_types_stay_within_two_ulp(world, tmp_path, dtype, form, portable):
     folder = make_adapter(world, tmp_path / "adapter", dtype)
     subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
-    correction = Correction(rank=rank)
+    correction = Correction(form=form)
     new, _ = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
     assert all(m.A.dtype == dtype and m.B.dtype == dtype for m in new.modules.values())
     new.save(tmp_path / "new")
@@ -255,8 +257,8 @@ def test_lora_on_an_embedding_passes_through_with_its_own_rank(world, tmp_path):
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["down_proj"]])
-@pytest.mark.parametrize("rank", ["exact", "same"])
-def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, parameters, rank):
+@pytest.mark.parametrize("form", FORMS)
+def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, parameters, form):
     """PEFT names their ranks otherwise than their tensors; the corrected folder must load."""
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -279,7 +281,7 @@ def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, param
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     adapter = LoraAdapter.load(tmp_path / "adapter", pass_through=True)
-    assert adapter.extra and len(adapter.modules) == 2
+    assert adapter.passed_through and len(adapter.modules) == 2
     bases = {
         name: ModuleSubspace(
             torch.linalg.qr(torch.randn(m.B.shape[0], 4))[0],
@@ -290,7 +292,7 @@ def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, param
         for name, m in adapter.modules.items()
     }
     subspace = SafetySubspace(bases, Origin("base", "aligned", "", "", 0))
-    new, _ = correct(adapter, subspace, Correction(rank=rank))
+    new, _ = correct(adapter, subspace, Correction(form=form))
     new.save(tmp_path / "corrected")
     fresh = transformers.MixtralForCausalLM(config)
     fresh.load_state_dict(weights)

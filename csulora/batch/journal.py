@@ -8,7 +8,6 @@ machine is still known by its own report. The format is in docs/formats.md.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError, UsageError
+from csulora.files.locks import open_locked
 
 FILE = "csulora_journal.jsonl"
 FORMAT = "csulora_journal/1"
@@ -31,10 +31,15 @@ class Journal:
         self._out_dir = out_dir
         self._path = out_dir / FILE
         self._new_folder = not out_dir.exists()
-        self._places: dict[str, tuple[int, int]] = {}  # target: begin and length of its last line
+        self._spans: dict[str, tuple[int, int]] = {}  # target: begin and length of its last line
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            self._file = _open_locked(self._path)
+            self._file = open_locked(self._path)
+        except BlockingIOError:
+            raise UsageError(
+                f"{out_dir}: another run is writing there; wait for its end or choose another output "
+                "folder"
+            ) from None
         except OSError as error:
             reason = error.strerror or error
             raise CsuloraError(f"{self._path}: cannot be written ({reason})") from None
@@ -46,9 +51,9 @@ class Journal:
 
     def entry(self, target: str) -> dict[str, Any] | None:
         """The last line about an output, None if there is none. Safe to call from any thread."""
-        if target not in self._places:
+        if target not in self._spans:
             return None
-        begin, length = self._places[target]
+        begin, length = self._spans[target]
         return _parse(os.pread(self._file, length, begin))
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
@@ -96,31 +101,10 @@ class Journal:
                         f"(expected {FORMAT}); remove it to have outputs known by their reports"
                     )
                 if entry is not None and isinstance(entry.get("output"), str):
-                    self._places[entry["output"]] = (begin, len(line))
+                    self._spans[entry["output"]] = (begin, len(line))
         if position != end:
             os.ftruncate(self._file, end)
         return end
-
-
-def _open_locked(path: Path) -> int:
-    import fcntl  # not everywhere; imported only when a batch runs
-
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended without a line may have removed the file between the two calls.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except OSError as error:
-            os.close(file)
-            if error.errno == errno.EWOULDBLOCK:
-                raise UsageError(
-                    f"{path.parent}: another run is writing there; wait for its end or choose "
-                    "another --out-dir"
-                ) from None
-            raise
-        os.close(file)
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, Queue, SimpleQueue
 from typing import Any
 
-from csulora.backend import pick_device
-from csulora.batch import work
-from csulora.batch.outcome import Done, Run
+from csulora.batch import steps
+from csulora.batch.call import Done, Run
 from csulora.batch.sources import Item
-from csulora.batch.work import Corrected, Loaded, Sift, Task
+from csulora.batch.steps import Gate, Job, Loaded, Ready
+from csulora.pipeline.backend import pick_device
 from csulora.subspace import SafetySubspace
 
 READERS = 2
@@ -28,25 +28,21 @@ HELD = 3
 class LocalEngine:
     """A started run. `take` gives finished adapters until None; `stop` ends it early."""
 
-    def __init__(
-        self, run: Run, subspace: SafetySubspace, tasks: Iterable[Task], sift: Sift
-    ) -> None:
-        self._run, self._subspace, self._sift = run, subspace, sift
-        self._tasks = iter(tasks)
+    def __init__(self, run: Run, subspace: SafetySubspace, jobs: Iterable[Job], gate: Gate) -> None:
+        self._run, self._subspace, self._gate = run, subspace, gate
+        self._jobs = iter(jobs)
         self._next = threading.Lock()
         self._stopped = threading.Event()
         self._budget = _Budget(run.call.batch_bytes)
         self._loaded: Queue[tuple[int, Loaded] | None] = Queue(QUEUE)
-        self._corrected: Queue[tuple[int, Corrected] | None] = Queue(QUEUE)
+        self._ready: Queue[tuple[int, Ready] | None] = Queue(QUEUE)
         self._done: SimpleQueue[Done | BaseException | None] = SimpleQueue()
-        on_gpu = pick_device(run.call.device).type == "cuda"
+        on_gpu = pick_device(run.call.recipe.device).type == "cuda"
         # A third of the budget on the GPU, a third being read, a third being written.
         self._group_bytes = run.call.batch_bytes // HELD if on_gpu else 0
         self._threads = [
             *self._stage(READERS, self._read, lambda: _put(self._loaded, None, run.call.jobs)),
-            *self._stage(
-                run.call.jobs, self._correct, lambda: _put(self._corrected, None, WRITERS)
-            ),
+            *self._stage(run.call.jobs, self._correct, lambda: _put(self._ready, None, WRITERS)),
             *self._stage(WRITERS, self._write, lambda: self._done.put(None)),
         ]
         for thread in self._threads:
@@ -108,21 +104,21 @@ class LocalEngine:
         if self._stopped.is_set():
             return False
         with self._next:
-            task = next(self._tasks, None)
-        if task is None:
+            job = next(self._jobs, None)
+        if job is None:
             return False
-        done = self._sift(task)
+        done = self._gate(job)
         if done is not None:
             self._done.put(done)
             return True
-        held = HELD * work.weights_size(task)
+        held = HELD * steps.weights_size(job)
         self._budget.take(held)
-        loaded = work.read(self._run, task)
+        loaded = steps.read(self._run, job)
         if isinstance(loaded, Done):
             self._end(held, loaded)
             return True
         if not held:  # a hub id, whose size shows only now
-            held = HELD * loaded.size
+            held = HELD * loaded.adapter.nbytes
             self._budget.add(held)
         self._loaded.put((held, loaded))
         return True
@@ -135,12 +131,12 @@ class LocalEngine:
             for held, _ in group:
                 self._budget.give(held)
             return True
-        results = work.correct_group(self._run, self._subspace, [loaded for _, loaded in group])
+        results = steps.correct_group(self._run, self._subspace, [loaded for _, loaded in group])
         for (held, _), result in zip(group, results, strict=True):
             if isinstance(result, Done):
                 self._end(held, result)
             else:
-                self._corrected.put((held, result))
+                self._ready.put((held, result))
         return True
 
     def _group(self) -> list[tuple[int, Loaded]]:
@@ -149,7 +145,7 @@ class LocalEngine:
         group: list[tuple[int, Loaded]] = []
         while entry is not None:
             group.append(entry)
-            if sum(loaded.size for _, loaded in group) >= self._group_bytes:
+            if sum(loaded.adapter.nbytes for _, loaded in group) >= self._group_bytes:
                 return group
             try:
                 entry = self._loaded.get_nowait()
@@ -160,14 +156,14 @@ class LocalEngine:
         return group
 
     def _write(self) -> bool:
-        entry = self._corrected.get()
+        entry = self._ready.get()
         if entry is None:
             return False
-        held, corrected = entry
+        held, ready = entry
         if self._stopped.is_set():
             self._budget.give(held)
         else:
-            self._end(held, work.write(self._run, corrected))
+            self._end(held, steps.write(self._run, ready))
         return True
 
     def _end(self, held: int, done: Done) -> None:
@@ -211,8 +207,8 @@ def _put(queue: Queue[Any], value: None, times: int) -> None:
 
 
 def start_local(
-    run: Run, subspace: SafetySubspace, items: Sequence[Item], sift: Sift
+    run: Run, subspace: SafetySubspace, items: Sequence[Item], gate: Gate
 ) -> LocalEngine:
     """The local engine at work on all items."""
-    tasks = (Task(number, item) for number, item in enumerate(items))
-    return LocalEngine(run, subspace, tasks, sift)
+    jobs = (Job(number, item) for number, item in enumerate(items))
+    return LocalEngine(run, subspace, jobs, gate)

@@ -16,7 +16,8 @@ import numpy as np
 
 from csulora.batch.summary import Summary
 from csulora.errors import CsuloraError, UsageError
-from csulora.files import whole_file, write_bytes
+from csulora.files.folders import whole_file
+from csulora.files.plain import write_bytes
 from csulora.plots import new_figure
 
 FIGURES = {
@@ -43,7 +44,7 @@ def check_page(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: a page is a .html or a .png file")
     if path.is_dir():
-        raise UsageError(f"{path}: is a folder; --page names the file to write")
+        raise UsageError(f"{path}: is a folder; name the file to write")
     new_figure((1, 1))
 
 

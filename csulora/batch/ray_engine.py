@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from csulora.backend import pick_device
-from csulora.batch import work
+from csulora.batch import steps
+from csulora.batch.call import Done, Run
 from csulora.batch.local import LocalEngine
-from csulora.batch.outcome import Done, Run
 from csulora.batch.sources import Item
-from csulora.batch.work import Sift, Task
+from csulora.batch.steps import Gate, Job
 from csulora.errors import CsuloraError, UsageError
+from csulora.pipeline.backend import pick_device
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
 # A worker gets a quarter of its share of what is left, so that all end together, within limits.
@@ -34,7 +34,7 @@ LARGEST_SHARD = 32
 IN_HAND = 2  # shards a worker has, so that it never waits for the driver
 TRIES = 3
 
-Shard = list[Task]
+Shard = list[Job]
 
 
 def check_ray() -> None:
@@ -44,7 +44,7 @@ def check_ray() -> None:
 
 
 class RayEngine:
-    """A started run on a cluster; see `csulora.batch.Engine`.
+    """A started run on a cluster; see `csulora.batch.run.Engine`.
 
     address: of a running cluster, None to start one on this machine.
     workers: None for one a CPU of the cluster, or a GPU when the run is on "cuda".
@@ -55,7 +55,7 @@ class RayEngine:
         run: Run,
         subspace: SafetySubspace,
         items: Sequence[Item],
-        sift: Sift,
+        gate: Gate,
         *,
         address: str | None = None,
         workers: int | None = None,
@@ -63,7 +63,7 @@ class RayEngine:
         import ray
 
         self._ray: Any = ray
-        self._run, self._sift = run, sift
+        self._run, self._gate = run, gate
         self._items, self._position = items, 0
         self._again: deque[Shard] = deque()
         self._tries: dict[int, int] = {}
@@ -72,7 +72,7 @@ class RayEngine:
         self._own_cluster = not ray.is_initialized()
         if self._own_cluster:
             _connect(address, workers)
-        self._unit = pick_device(run.call.device).type.replace("cuda", "gpu").upper()
+        self._unit = pick_device(run.call.recipe.device).type.replace("cuda", "gpu").upper()
         self._workers = workers or max(1, int(ray.cluster_resources().get(self._unit, 1)))
         self._shared = ray.put(_to_arrays(subspace)), os.getcwd()
         self._greetings: dict[Any, Any] = {}  # reference: worker that has not started yet
@@ -96,9 +96,9 @@ class RayEngine:
 
     def stop(self) -> list[Done]:
         """End the workers at once and clear away what they had begun."""
-        tasks = [task for _, shard in self._in_hand.values() for task in shard]
+        jobs = [job for _, shard in self._in_hand.values() for job in shard]
         self._close()
-        work.recover([task.item for task in tasks], self._run.call.out_dir)
+        steps.recover([job.item for job in jobs], self._run.call.out_dir)
         ended, self._ended = self._ended, []
         return ended
 
@@ -152,14 +152,14 @@ class RayEngine:
             self._bad_starts += 1
             if self._bad_starts > TRIES * self._workers:
                 raise CsuloraError(f"Ray workers die at their start ({_first_line(error)})")
-        work.recover([task.item for task in shard], self._run.call.out_dir)
-        for task in shard:
-            self._tries[task.number] = self._tries.get(task.number, 0) + 1
-            if self._tries[task.number] < TRIES:
-                self._again.append([task._replace(again=True)])
+        steps.recover([job.item for job in shard], self._run.call.out_dir)
+        for job in shard:
+            self._tries[job.number] = self._tries.get(job.number, 0) + 1
+            if self._tries[job.number] < TRIES:
+                self._again.append([job._replace(again=True)])
             else:
-                text = f"{task.item.source}: its worker died {TRIES} times ({_first_line(error)})"
-                self._ended.append(work.failed(self._run, task, "lost worker", text))
+                text = f"{job.item.source}: its worker died {TRIES} times ({_first_line(error)})"
+                self._ended.append(steps.failed(self._run, job, "lost worker", text))
         self._ready = [other for other in self._ready if other is not worker]
         # The second shard of the same worker comes back by itself, with the same error.
         if not self._in_hands_of(worker):
@@ -174,11 +174,11 @@ class RayEngine:
         size = min(LARGEST_SHARD, max(1, left // (SHARE * self._workers)))
         shard: Shard = []
         while len(shard) < size and self._position < len(self._items):
-            task = Task(self._position, self._items[self._position])
+            job = Job(self._position, self._items[self._position])
             self._position += 1
-            done = self._sift(task)
+            done = self._gate(job)
             if done is None:
-                shard.append(task)
+                shard.append(job)
             else:
                 self._ended.append(done)
         return shard
@@ -206,7 +206,7 @@ class _Worker:
 
     def correct(self, shard: Shard) -> list[Done]:
         """The outcomes of a shard, in any order."""
-        engine = LocalEngine(self._run, self._subspace, shard, lambda task: None)
+        engine = LocalEngine(self._run, self._subspace, shard, lambda job: None)
         done: list[Done] = []
         while (group := engine.take()) is not None:
             done += group

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from csulora.batch.journal import FILE as JOURNAL
 from csulora.errors import UsageError
-from csulora.peft_config import FILE as CONFIG
+from csulora.files.peft_config import FILE as CONFIG
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -51,9 +51,9 @@ def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
 
 def check_targets(items: Iterable[Item], out_dir: Path) -> None:
     """Raise UsageError if two outputs, or an output and a source, would be in each other's way."""
-    place = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise UsageError(f"{place}: exists and is not a folder")
+    there = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there}: exists and is not a folder")
     origins: dict[str, str] = {}
     targets: dict[str, str] = {}
     for source, target, _ in items:
@@ -81,8 +81,8 @@ def _check_within(targets: Iterable[str], out_dir: Path) -> None:
     """A link below the output folder must not lead an output out of it."""
     root = os.path.realpath(out_dir)
     for parent in dict.fromkeys(os.path.dirname(target) for target in targets):
-        place = os.path.join(root, parent) if parent else root
-        if os.path.realpath(place) != place:
+        folder = os.path.join(root, parent) if parent else root
+        if os.path.realpath(folder) != folder:
             raise UsageError(
                 f"{out_dir / parent}: a link; outputs are not written through links, remove it"
             )
@@ -90,17 +90,17 @@ def _check_within(targets: Iterable[str], out_dir: Path) -> None:
 
 def _check_apart(targets: Iterable[str], origins: dict[str, str], out_dir: Path) -> None:
     """Replacing an output must never replace, or write into, a folder that adapters come from."""
-    around = {parent: source for place, source in origins.items() for parent in _parents(place)}
+    around = {parent: source for origin, source in origins.items() for parent in _parents(origin)}
     root = os.path.realpath(out_dir)
     for target in targets:
-        place = os.path.realpath(os.path.join(root, target))
-        hit = around.get(place) or next(
-            (origins[p] for p in (place, *_parents(place)) if p in origins), None
+        output = os.path.realpath(os.path.join(root, target))
+        hit = around.get(output) or next(
+            (origins[p] for p in (output, *_parents(output)) if p in origins), None
         )
         if hit is not None:
             raise UsageError(
                 f"{out_dir / target}: the output folder is, holds or lies within the adapter {hit}; "
-                "choose another --out-dir"
+                "choose another output folder"
             )
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csulora.adapter import WEIGHTS
-from csulora.batch.outcome import Outcome
 from csulora.batch.sources import Item
 from csulora.errors import CsuloraError
+from csulora.outcome import Outcome
 
 SLOWEST = 5
 EXTREMES = 5  # outliers named at each end of each figure
@@ -148,10 +148,10 @@ def probe(items: Sequence[Item], out_dir: Path) -> float | None:
     The copy, at most 1 GiB of 32 adapters' weights, goes to a file without a name, fsynced and gone
     afterwards. None where no sample can be read, as with hub ids.
     """
-    place = next(p for p in (out_dir, *out_dir.absolute().parents) if p.is_dir())
+    folder = next(p for p in (out_dir, *out_dir.absolute().parents) if p.is_dir())
     copied = 0
     try:
-        with tempfile.TemporaryFile(dir=place) as target:
+        with tempfile.TemporaryFile(dir=folder) as target:
             start = time.perf_counter()
             for item in items[:: max(1, len(items) // PROBE_FILES)][:PROBE_FILES]:
                 copied += _copy(os.path.join(item.source, WEIGHTS), target)
@@ -159,7 +159,7 @@ def probe(items: Sequence[Item], out_dir: Path) -> float | None:
                     break
             seconds = time.perf_counter() - start
     except OSError as error:
-        raise CsuloraError(f"{place}: cannot be probed ({error.strerror or error})") from None
+        raise CsuloraError(f"{folder}: cannot be probed ({error.strerror or error})") from None
     return 2 * copied / seconds if copied else None
 
 

@@ -12,6 +12,13 @@ from collections.abc import Sequence
 
 from csulora.cli import options
 from csulora.errors import CsuloraError
+from csulora.text import one_line
+
+EXAMPLES = """examples:
+  csulora demo
+  csulora estimate base/ aligned/ --out subspace.safetensors
+  csulora inspect my-adapter --subspace subspace.safetensors
+  csulora correct my-adapter --subspace subspace.safetensors --out-dir corrected"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,12 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def one_line(error: object) -> str:
-    """An error's message on one line, control characters made visible."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function from arguments to an exit code."""
     import csulora
@@ -46,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="csulora",
         description="Repair the safety of LoRA adapters after training, in closed form.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"csulora {csulora.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from csulora.batch.summary import Summary
-from csulora.cli import one_line
+from csulora.text import one_line
 
 NAMED = 5  # slowest adapters and outliers that get a line
 

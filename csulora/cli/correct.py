@@ -10,24 +10,27 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csulora.backend import pick_device
-from csulora.batch import Call, Existing, Outcome, find, pick_engine, stream
+from csulora.batch import Call, find, pick_engine, stream
 from csulora.batch.sources import check_targets
 from csulora.batch.summary import Summary, probe
-from csulora.cli import one_line
 from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
 from csulora.cli.output import progress, say, stdout
 from csulora.errors import UsageError
+from csulora.folder import Existing, Recipe
+from csulora.outcome import Outcome
+from csulora.pipeline.backend import pick_device
 from csulora.subspace import SafetySubspace
+from csulora.text import one_line
 
+FORMAT = "csulora_outcomes/1"
 # More adapters than this are summed up in a table; fewer get a line each.
 LINES = 20
 
@@ -54,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
         ) as outcomes,
     ):
-        for outcome in outcomes:
+        for found in outcomes:
+            outcome = _with_remedy(found, call.existing)
             summary.add(outcome)
             results.add(outcome)
             for line in _complaints(outcome):
@@ -74,6 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if summary.counts["failed"] else 0
 
 
+def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
+    """The outcome with what to do about it in the words of this command."""
+    if outcome.kind == "exists" and existing == "refuse":
+        return replace(outcome, error=f"{outcome.error}; pass --overwrite or --resume")
+    if outcome.kind in ("exists", "changed"):
+        return replace(outcome, error=f"{outcome.error}; pass --overwrite to replace it")
+    return outcome
+
+
 def _call(arguments: argparse.Namespace) -> Call:
     existing: Existing = "refuse"
     if arguments.overwrite or arguments.resume:
@@ -83,14 +96,17 @@ def _call(arguments: argparse.Namespace) -> Call:
         # Parallel over adapters, not within one: no waiting between threads of one product where
         # cores are shared, and the bytes of a result do not depend on the number of cores.
         torch.set_num_threads(1)
-    return Call(
-        out_dir=Path(arguments.out_dir),
+    recipe = Recipe(
         correction=correction_from(arguments),
         dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
         portable=arguments.portable,
         pass_through=arguments.pass_through,
         backend=arguments.backend,
         device=arguments.device,
+    )
+    return Call(
+        out_dir=Path(arguments.out_dir),
+        recipe=recipe,
         existing=existing,
         jobs=(_cores() if on_cpu else 1) if arguments.jobs is None else arguments.jobs,
         batch_bytes=arguments.batch_bytes,
@@ -162,10 +178,10 @@ class _TextResults:
 
 
 class _JsonResults:
-    """{"adapters": [...], "summary": {...}}, an adapter a line, written as they come."""
+    """{"format": ..., "adapters": [...], "summary": {...}}, an adapter a line, written as they come."""
 
     def __init__(self) -> None:
-        self._before = '{"adapters": [\n'
+        self._before = f'{{"format": "{FORMAT}", "adapters": [\n'
 
     def add(self, outcome: Outcome) -> None:
         sys.stdout.write(self._before + json.dumps(_as_json(outcome)))
@@ -177,13 +193,13 @@ class _JsonResults:
 
 
 def _as_line(outcome: Outcome) -> str:
-    place = one_line(outcome.output)
+    output = one_line(outcome.output)
     total = outcome.totals
     if outcome.status == "skipped" or total is None:
-        return f"{place}: finished before, skipped"
+        return f"{output}: finished before, skipped"
     kept = total.energy_after / total.energy_before if total.energy_before else 1.0
     return (
-        f"{place}: {total.modules} modules, {kept:.1%} of the energy kept, "
+        f"{output}: {total.modules} modules, {kept:.1%} of the energy kept, "
         f"relative change {total.relative_change:.3f}"
     )
 

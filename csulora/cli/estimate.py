@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 
-from csulora.cli import one_line
 from csulora.cli.output import progress, stdout
 from csulora.errors import UsageError
-from csulora.subspace import SafetySubspace, is_subspace_file
+from csulora.estimation import estimate
+from csulora.subspace import is_subspace_file
+from csulora.text import one_line, span
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.modules is not None:
         modules = [name.strip() for name in arguments.modules.split(",")]
     with progress("estimating") as report:
-        subspace = SafetySubspace.estimate(
+        subspace = estimate(
             arguments.base,
             arguments.aligned,
             rank=arguments.rank,
@@ -29,17 +30,19 @@ def run(arguments: argparse.Namespace) -> int:
             like=arguments.like,
             seed=arguments.seed,
             device=arguments.device,
+            backend=arguments.backend,
             progress=report,
         )
     subspace.save(out)
-    ranks = [module.S.shape[0] for module in subspace.modules.values()]
-    shares = [module.energy_share for module in subspace.modules.values()]
+    ranks = sorted(module.rank for module in subspace.modules.values())
+    shares = sorted(module.energy_share for module in subspace.modules.values())
     if arguments.json:
         summary = {
+            "format": "csulora_estimate/1",
             "subspace": str(out),
             "sha256": subspace.sha256,
             "modules": {
-                name: {"rank": m.S.shape[0], "energy_share": m.energy_share}
+                name: {"rank": m.rank, "energy_share": m.energy_share}
                 for name, m in subspace.modules.items()
             },
         }
@@ -47,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     console = stdout()
     console.print(
-        f"{one_line(out)}: {len(ranks)} modules, rank {_span(ranks)}, holding "
-        f"{_span([f'{100 * share:.1f}' for share in sorted(shares)])} % of ||W_aligned - W_base||^2"
+        f"{one_line(out)}: {len(ranks)} modules, rank {span(ranks)}, holding "
+        f"{span([f'{100 * share:.1f}' for share in shares])} % of ||W_aligned - W_base||^2"
     )
-    unchanged = [name for name, module in subspace.modules.items() if not module.S.numel()]
+    unchanged = [name for name, module in subspace.modules.items() if not module.rank]
     if unchanged:
         console.print(
             f"base and aligned are equal on {len(unchanged)} of them: {one_line(unchanged[0])}, ..."
@@ -62,15 +65,8 @@ def _check_out(out: Path) -> None:
     """Raise UsageError now, not after hours of work, if the result could not be written there."""
     if out.is_dir():
         raise UsageError(f"{out}: is a folder; --out names the file to write")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"{out}: cannot be written, {place} is not a folder to write to")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{out}: cannot be written, {folder} is not a folder to write to")
     if out.exists() and not is_subspace_file(out):
         raise UsageError(f"{out}: exists and is not a subspace file; remove it or name another")
-
-
-def _span(values: list) -> str:
-    low, high = (
-        (min(values), max(values)) if not isinstance(values[0], str) else (values[0], values[-1])
-    )
-    return str(low) if low == high else f"{low} to {high}"

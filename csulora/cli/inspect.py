@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from csulora.adapter import LoraAdapter
-from csulora.cli import one_line
 from csulora.cli.options import correction_from
 from csulora.cli.output import stdout
 from csulora.correction import sweep
 from csulora.errors import CsuloraError
-from csulora.names import natural
+from csulora.files.names import natural
 from csulora.report import BLOCKS, ModuleReport, Report, Totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
+from csulora.text import one_line
 
 SWEEP = (1.0, 10.0, 100.0, 1000.0, 10000.0, math.inf)
 HEADINGS = ("aligned", "part. left", "part. right", "off")

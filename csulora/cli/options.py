@@ -7,54 +7,68 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from csulora.batch import ENGINES
 from csulora.errors import UsageError
-from csulora.settings import Correction
+from csulora.pipeline.backend import BACKENDS
+from csulora.settings import FORMS, GRANULARITIES, Correction
 
-Commands = Any  # argparse's own type for add_subparsers() is private
+Commands = Any  # argparse's own types for parsers and groups of options are private
+Group = Any
 
-
-def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    def run(arguments: argparse.Namespace) -> int:
-        return importlib.import_module(f"csulora.cli.{name}").run(arguments)
-
-    return run
+DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 def add_estimate(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "estimate",
         help="estimate the safety-aligned subspace of a model pair",
         description="Estimate the safety-aligned subspace from the difference of two checkpoints.",
+        examples="""
+  csulora estimate meta-llama/Llama-3.1-8B meta-llama/Llama-3.1-8B-Instruct --out subspace.safetensors
+  csulora estimate base/ aligned/ --out subspace.safetensors --rank 32 --modules q_proj,v_proj
+  csulora estimate base/ aligned/ --out subspace.safetensors --like my-adapter""",
     )
     parser.add_argument("base", metavar="BASE", help="base checkpoint: a folder or a hub id")
     parser.add_argument("aligned", metavar="ALIGNED", help="its aligned version, likewise")
     parser.add_argument("--out", required=True, metavar="FILE", help="subspace file to write")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, default=64, help="directions per module (default: 64)")
+    group = parser.add_argument_group("what is estimated")
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--rank", type=int, default=64, metavar="k", help="directions per module (default: 64)"
+    )
     size.add_argument(
         "--energy",
         type=float,
         metavar="SHARE",
         help="as many directions as hold this share of ||W_aligned - W_base||^2",
     )
-    which = parser.add_mutually_exclusive_group()
+    which = group.add_mutually_exclusive_group()
     which.add_argument(
         "--modules",
         metavar="NAME,...",
         help="modules by name or ending, as in PEFT's target_modules (default: all linear ones)",
     )
     which.add_argument("--like", metavar="ADAPTER", help="the modules that this adapter updates")
-    parser.add_argument("--seed", type=int, default=0, help="of the randomized SVD (default: 0)")
-    _add_device(parser)
-    _add_json(parser)
-    parser.set_defaults(run=_command("estimate"))
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the randomized SVD (default: 0)"
+    )
+    group = parser.add_argument_group("where it runs")
+    _add_backend(group)
+    _add_device(group)
+    _add_json(parser.add_argument_group("what is shown"))
 
 
 def add_correct(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "correct",
         help="correct one or many adapters",
         description="Correct PEFT LoRA adapters; each becomes a folder under --out-dir.",
+        examples="""
+  csulora correct my-adapter --subspace subspace.safetensors --out-dir corrected
+  csulora correct my-adapter --subspace subspace.safetensors --out-dir corrected --form same --portable
+  csulora correct 'adapters/**' --subspace subspace.safetensors --out-dir corrected --resume --probe""",
     )
     parser.add_argument(
         "adapters",
@@ -62,98 +76,63 @@ def add_correct(commands: Commands) -> None:
         metavar="ADAPTER",
         help="adapter folder, hub id, folder of adapters, or a quoted pattern such as 'adapters/**'",
     )
-    parser.add_argument(
-        "--adapters-from", metavar="FILE|-", help="read further adapters from a file, one a line"
-    )
     _add_subspace(parser)
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where to write")
     _add_strengths(parser)
-    parser.add_argument(
-        "--rank",
-        choices=("exact", "same"),
-        default="exact",
-        help="exact: rank 2r, nothing lost (default); same: a rank-r fit",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "float32", "bfloat16", "float16"),
-        default="keep",
-        help="type of the written factors (default: each factor's own)",
-    )
-    parser.add_argument(
-        "--portable",
-        action="store_true",
-        help="write the form that PEFT, vLLM, SGLang and LoRAX read alike",
-    )
-    parser.add_argument(
-        "--pass-through",
-        action="store_true",
-        help="copy tensors that are not a LoRA update on a linear weight instead of refusing",
-    )
-    parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
-    _add_device(parser)
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="adapters corrected at once (default: one a core; with --device cuda one)",
-    )
-    parser.add_argument(
-        "--batch-bytes",
-        type=_bytes,
-        default="1G",
-        metavar="SIZE",
-        help="memory for adapters that are read and not yet written, as 512M or 4G (default: 1G)",
-    )
-    parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="where to run (default: local)"
-    )
-    parser.add_argument(
-        "--ray-address", metavar="A", help="of a running Ray cluster (default: one on this machine)"
-    )
-    parser.add_argument(
+    _add_form(parser.add_argument_group("form of the result"))
+    _add_batch(parser.add_argument_group("many adapters"))
+    _add_running(parser.add_argument_group("where it runs"))
+    group = parser.add_argument_group("what is shown")
+    group.add_argument(
         "--probe", action="store_true", help="first measure how fast these files can be copied"
     )
-    parser.add_argument(
+    group.add_argument(
         "--page", metavar="FILE.html|.png", help="write a page about the batch and its outliers"
     )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    existing.add_argument("--resume", action="store_true", help="skip outputs that are finished")
-    _add_json(parser)
-    parser.set_defaults(run=_command("correct"))
+    _add_json(group)
 
 
 def add_inspect(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "inspect",
         help="show how an adapter lies relative to the subspace",
         description="Relative energies per module, and what strengths would do; writes no adapter.",
+        examples="""
+  csulora inspect my-adapter --subspace subspace.safetensors
+  csulora inspect my-adapter --subspace subspace.safetensors --lambda-off 100 --plot shares.png""",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or hub id")
     _add_subspace(parser)
     _add_strengths(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("where it runs")
+    _add_device(group)
+    group = parser.add_argument_group("what is shown")
+    group.add_argument(
         "--pass-through",
         action="store_true",
         help="leave out tensors that are not a LoRA update on a linear weight instead of refusing",
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="heat maps, before and after")
-    _add_device(parser)
-    _add_json(parser)
-    parser.set_defaults(run=_command("inspect"))
+    group.add_argument("--plot", metavar="FILE.png", help="heat maps, before and after")
+    _add_json(group)
 
 
 def add_demo(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "demo",
         help="run everything on a small model that ships with the package",
         description="Estimate, correct, inspect and measure on a small shipped model; no network.",
+        examples="""
+  csulora demo
+  csulora demo --out-dir figures""",
     )
     parser.add_argument(
-        "--out-dir", default="csulora-demo", metavar="DIR", help="default: csulora-demo"
+        "--out-dir",
+        default="csulora-demo",
+        metavar="DIR",
+        help="where figures and numbers are written (default: csulora-demo)",
     )
-    parser.set_defaults(run=_command("demo"))
 
 
 def correction_from(arguments: argparse.Namespace) -> Correction:
@@ -173,11 +152,30 @@ def correction_from(arguments: argparse.Namespace) -> Correction:
         lambda_right=both if right is None else right,
         lambda_off=arguments.lambda_off,
         granularity=arguments.granularity,
-        rank=getattr(arguments, "rank", "exact"),
+        form=getattr(arguments, "form", default.form),
     )
 
 
-def _add_strengths(parser: argparse.ArgumentParser) -> None:
+def _command(commands: Commands, name: str, *, examples: str, **texts: str) -> Any:
+    """A parser whose arguments go to `run` of the command's own module."""
+    parser = commands.add_parser(
+        name,
+        epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **texts,
+    )
+    parser.set_defaults(run=_runner(name))
+    return parser
+
+
+def _runner(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        return importlib.import_module(f"csulora.cli.{name}").run(arguments)
+
+    return run
+
+
+def _add_strengths(parser: Any) -> None:
     default = Correction()
     group = parser.add_argument_group(
         "strengths",
@@ -185,8 +183,8 @@ def _add_strengths(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in (
         ("partial", "both partially aligned blocks (default: 10)"),
-        ("left", "the block inside on the left, outside on the right"),
-        ("right", "the block outside on the left, inside on the right"),
+        ("left", "the block inside on the left, outside on the right (default: 10)"),
+        ("right", "the block outside on the left, inside on the right (default: 10)"),
     ):
         group.add_argument(f"--lambda-{name}", type=float, metavar="X", help=meaning)
     group.add_argument(
@@ -205,13 +203,85 @@ def _add_strengths(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--granularity",
-        choices=("direction", "component"),
+        choices=GRANULARITIES,
         default=default.granularity,
         help="attenuate each direction of a block (default) or the block as a whole",
     )
 
 
-def _add_subspace(parser: argparse.ArgumentParser) -> None:
+def _add_form(group: Group) -> None:
+    default = Correction().form
+    group.add_argument(
+        "--form",
+        choices=FORMS,
+        default=default,
+        help="exact: rank 2r, nothing lost (default); same: a rank-r fit",
+    )
+    # The option's former name.
+    group.add_argument(
+        "--rank",
+        dest="form",
+        choices=FORMS,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="type of the written factors (default: each factor's own)",
+    )
+    group.add_argument(
+        "--portable",
+        action="store_true",
+        help="write the form that PEFT, vLLM, SGLang and LoRAX read alike",
+    )
+    group.add_argument(
+        "--pass-through",
+        action="store_true",
+        help="copy tensors that are not a LoRA update on a linear weight instead of refusing",
+    )
+
+
+def _add_batch(group: Group) -> None:
+    group.add_argument(
+        "--adapters-from", metavar="FILE|-", help="read further adapters from a file, one a line"
+    )
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    existing.add_argument("--resume", action="store_true", help="skip outputs that are finished")
+
+
+def _add_running(group: Group) -> None:
+    _add_backend(group)
+    _add_device(group)
+    group.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="adapters corrected at once (default: one a core; with --device cuda one)",
+    )
+    group.add_argument(
+        "--batch-bytes",
+        type=_bytes,
+        default="1G",
+        metavar="SIZE",
+        help="memory for adapters that are read and not yet written, as 512M or 4G (default: 1G)",
+    )
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="threads of this process (local, default) or workers of a Ray cluster (ray)",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="of a running Ray cluster (default: one on this machine)",
+    )
+
+
+def _add_subspace(parser: Any) -> None:
     parser.add_argument("--subspace", required=True, metavar="FILE", help="from csulora estimate")
     parser.add_argument(
         "--subspace-rank", type=int, metavar="k", help="use only the k leading directions"
@@ -226,9 +296,20 @@ def _bytes(text: str) -> int:
     return int(number * (factor or 1))
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+def _add_backend(group: Group) -> None:
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="triton works or says why not (default: auto, Triton on CUDA and torch elsewhere)",
+    )
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="results on stdout as JSON")
+def _add_device(group: Group) -> None:
+    group.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: auto)"
+    )
+
+
+def _add_json(group: Group) -> None:
+    group.add_argument("--json", action="store_true", help="results on stdout as JSON")

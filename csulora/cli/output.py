@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from csulora.cli import one_line
+from csulora.text import one_line
 
 # Without a terminal nothing wraps or gets cut: tables in a log are as wide as their content.
 LOG_WIDTH = 200

@@ -45,7 +45,7 @@ def run_demo(
     reading.print_introduction(console, card)
     with one_thread(), console.status("correcting and measuring"):
         adapter = csulora.LoraAdapter.load(assets / "adapter")
-        subspace = csulora.SafetySubspace.estimate(
+        subspace = csulora.estimate(
             assets / "base", assets / "aligned", rank=SUBSPACE_RANK, like=assets / "adapter"
         )
         shares = csulora.decompose(adapter, subspace, csulora.Correction())

@@ -1,0 +1,59 @@
+"""What all adapters of one run have in common, and what comes back of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from csulora.errors import UsageError
+from csulora.folder import Existing, Recipe, check_existing
+from csulora.outcome import Outcome
+from csulora.subspace import SafetySubspace
+
+BATCH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is the same for every adapter of a run. Options as in `csulora.correct_many`.
+
+    Raises UsageError for options that cannot be met.
+    """
+
+    out_dir: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    existing: Existing = "refuse"
+    jobs: int = 1
+    batch_bytes: int = BATCH_BYTES
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UsageError(f"jobs must be at least 1, not {self.jobs}")
+        if self.batch_bytes < 1:
+            raise UsageError(f"batch bytes must be at least 1, not {self.batch_bytes}")
+        check_existing(self.existing)
+
+
+class Run(NamedTuple):
+    """A call together with what, besides the source, determines each result."""
+
+    call: Call
+    made: dict[str, Any]  # settings and subspace, as in a report
+    digest: str  # of both
+
+    @classmethod
+    def of(cls, call: Call, subspace: SafetySubspace) -> Run:
+        made = call.recipe.provenance(subspace)
+        text = json.dumps([made["settings"], made["subspace"]], sort_keys=True)
+        return cls(call, made, hashlib.sha256(text.encode()).hexdigest())
+
+
+class Done(NamedTuple):
+    """An outcome on its way back: which item of the run it is of, and its journal line, if any."""
+
+    number: int
+    outcome: Outcome
+    line: dict[str, Any] | None = None

@@ -1,0 +1,263 @@
+"""Estimating the subspace: both checkpoints are streamed, a pair of weights at a time, the next pair
+being read while one is worked on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from csulora.adapter import LoraAdapter
+from csulora.errors import CsuloraError, UsageError
+from csulora.files.checkpoint import Checkpoint
+from csulora.files.names import ends_with, match_modules
+from csulora.files.safetensors import tensor_bytes
+from csulora.method.difference import Difference, energy_of
+from csulora.method.krylov import top_triplets
+from csulora.pipeline.backend import pick_backend, pick_device
+from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
+
+# Embeddings and output heads, which LoRA rarely targets, by their usual names.
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_in", "embed_out", "embed_positions", "wte", "wpe", "word_embeddings"}
+    | {"position_embeddings", "token_type_embeddings", "tok_embeddings", "shared", "embeddings"}
+    | {"lm_head", "output", "score"}
+)
+# Of ||D||_F: products of D with its transpose must stay within float32.
+LARGEST = 1e15
+# Model types whose blocks use transformers' Conv1D, which stores its weight as (d_in, d_out).
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+def estimate(
+    base: str | os.PathLike[str],
+    aligned: str | os.PathLike[str],
+    *,
+    rank: int = 64,
+    energy: float | None = None,
+    modules: list[str] | None = None,
+    like: LoraAdapter | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> SafetySubspace:
+    """Leading singular triplets of W_aligned - W_base for each selected module.
+
+    Args:
+        base, aligned: checkpoint folders or hub ids (safetensors, float32, bfloat16 or float16).
+        rank: directions per module. With `energy` (share of ||D||_F^2 in (0, 1]) as many as hold it.
+        modules: names, or endings of names at a dot, as in PEFT's target_modules. Default: every
+            linear weight except embeddings and the output head.
+        like: take the modules (and the orientation of their weights) from this adapter.
+        seed: of the randomized SVD; the same seed gives the same bytes.
+        backend: "auto", "torch" or "triton", of the products with W_aligned - W_base.
+        progress: called with (modules done, modules in all, name of the module just done).
+
+    Raises CsuloraError for missing or ill-shaped weights, NaN or Inf, or checkpoints that do not
+    differ; UsageError for arguments out of range.
+    """
+    _check_arguments(rank, energy, modules, like)
+    pair = Checkpoint.open(base), Checkpoint.open(aligned)
+    adapter = like if isinstance(like, LoraAdapter) or like is None else _load_like(like)
+    selected = _select(*pair, modules, adapter)
+    chosen = pick_device(device)
+    triton = pick_backend(backend, chosen) == "triton"
+    digests = hashlib.sha256(), hashlib.sha256()
+    found: dict[str, ModuleSubspace] = {}
+    for done, (name, weights) in enumerate(_read_ahead(pair, selected, digests), start=1):
+        D = _difference(pair, name, weights, chosen, triton)
+        del weights
+        transposed = selected[name]
+        found[name] = _module_subspace(
+            D.mT if transposed else D, name, rank, energy, seed, transposed
+        )
+        del D  # before the next pair arrives
+        if progress is not None:
+            progress(done, len(selected), name)
+    if not any(module.S.numel() for module in found.values()):
+        raise CsuloraError(
+            f"{pair[1].folder}: base and aligned are equal on all {len(found)} selected modules; "
+            "there is no displacement to estimate a subspace from"
+        )
+    origin = Origin(
+        pair[0].name, pair[1].name, digests[0].hexdigest(), digests[1].hexdigest(), seed
+    )
+    return SafetySubspace(found, origin)
+
+
+def _check_arguments(rank: int, energy: float | None, modules: object, like: object) -> None:
+    if rank < 1:
+        raise UsageError(f"rank must be at least 1, not {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"energy must be above 0 and at most 1, not {energy}")
+    if modules is not None and like is not None:
+        raise UsageError("modules and like exclude each other")
+
+
+def _load_like(folder: str | os.PathLike[str]) -> LoraAdapter:
+    return LoraAdapter.load(folder, pass_through=True)
+
+
+def _select(
+    base: Checkpoint,
+    aligned: Checkpoint,
+    endings: list[str] | None,
+    like: LoraAdapter | None,
+) -> dict[str, bool]:
+    """Selected module names in order, each with whether its weight is stored as (d_in, d_out)."""
+    if like is not None:
+        matches = match_modules(like.modules, base.weights.keys(), str(base.folder))
+        selected = {
+            target: _like_is_transposed(base, target, like, name)
+            for name, target in matches.items()
+        }
+    else:
+        names = _by_endings(base, endings) if endings is not None else _linear_weights(base)
+        selected = {name: _is_conv1d(base, name) for name in names}
+    if not selected:
+        raise CsuloraError(f"{base.folder}: no linear weights found")
+    for name in selected:
+        _check_pair(base, aligned, name)
+    return dict(sorted(selected.items()))
+
+
+def _by_endings(base: Checkpoint, endings: Iterable[str]) -> list[str]:
+    names: set[str] = set()
+    for ending in endings:
+        found = [name for name in base.weights if ends_with(name, ending)]
+        if not found:
+            raise CsuloraError(f"{base.folder}: no module is named or ends with {ending!r}")
+        names.update(found)
+    return sorted(names)
+
+
+def _linear_weights(base: Checkpoint) -> list[str]:
+    return [
+        name
+        for name, weight in base.weights.items()
+        if len(weight.shape) == 2 and name.rpartition(".")[2] not in _EMBEDDINGS
+    ]
+
+
+def _is_conv1d(base: Checkpoint, name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return base.config.get("model_type") in _CONV1D_MODELS and leaf in _CONV1D_LAYERS
+
+
+def _like_is_transposed(base: Checkpoint, target: str, like: LoraAdapter, name: str) -> bool:
+    module = like.modules[name]
+    shape = (module.B.shape[0], module.A.shape[1])
+    stored = base.weights[target].shape
+    if stored not in (shape, shape[::-1]):
+        raise CsuloraError(
+            f"{base.weights[target].file}: tensor {base.weights[target].name} is {stored}, but the "
+            f"adapter updates {name} with {shape}"
+        )
+    if shape[0] == shape[1]:
+        return bool(like.config.get("fan_in_fan_out")) or _is_conv1d(base, target)
+    return stored != shape
+
+
+def _check_pair(base: Checkpoint, aligned: Checkpoint, name: str) -> None:
+    weight = base.weights[name]
+    other = aligned.weights.get(name)
+    if other is None:
+        raise CsuloraError(f"{aligned.folder}: tensor {weight.name} of the base model is missing")
+    if other.shape != weight.shape:
+        raise CsuloraError(
+            f"{other.file}: tensor {other.name} is {other.shape}, but {weight.shape} in the base model"
+        )
+    if len(weight.shape) != 2:
+        raise CsuloraError(
+            f"{weight.file}: tensor {weight.name} is {weight.shape}; a linear weight has 2 dimensions"
+        )
+
+
+def _read_ahead(
+    pair: tuple[Checkpoint, Checkpoint], names: Iterable[str], digests: tuple
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each name with both weights as stored, read by a second thread one module ahead.
+
+    Both digests are updated, in the order of the names.
+    """
+
+    def read(name: str) -> tuple[Tensor, Tensor]:
+        base, aligned = (
+            _read(checkpoint, name, digest)
+            for checkpoint, digest in zip(pair, digests, strict=True)
+        )
+        return base, aligned
+
+    ahead: deque[tuple[str, Future[tuple[Tensor, Tensor]]]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        for name in names:
+            ahead.append((name, reader.submit(read, name)))
+            if len(ahead) > 1:
+                yield _waited(*ahead.popleft())
+        while ahead:
+            yield _waited(*ahead.popleft())
+
+
+def _waited(name: str, weights: Future[tuple[Tensor, Tensor]]) -> tuple[str, tuple[Tensor, Tensor]]:
+    return name, weights.result()
+
+
+def _read(checkpoint: Checkpoint, name: str, digest: hashlib._Hash) -> Tensor:
+    stored = checkpoint.read(name)
+    entry = checkpoint.weights[name]
+    digest.update(f"{entry.name}\0{entry.dtype}\0{tuple(entry.shape)}\0".encode())
+    digest.update(tensor_bytes(stored))
+    return stored
+
+
+def _difference(
+    pair: tuple[Checkpoint, Checkpoint],
+    name: str,
+    weights: tuple[Tensor, Tensor],
+    device: torch.device,
+    triton: bool,
+) -> Tensor | Difference:
+    """D of one module in the orientation of the checkpoint: in float32, or as its two weights."""
+    base, aligned = (W.to(device) if triton else W.to(device, torch.float32) for W in weights)
+    for checkpoint, W in zip(pair, (base, aligned), strict=True):
+        # A sum is one cheap pass; only a suspicious one is worth looking at entry by entry.
+        if not bool(torch.isfinite(W.sum(dtype=torch.float32)) or torch.isfinite(W).all()):
+            entry = checkpoint.weights[name]
+            raise CsuloraError(f"{entry.file}: tensor {entry.name} holds NaN or Inf")
+    D: Tensor | Difference
+    if triton:
+        if base.dtype != aligned.dtype:
+            base, aligned = base.float(), aligned.float()
+        D = Difference(base, aligned)
+    else:
+        D = aligned.sub_(base)
+    if float(energy_of(D)) > LARGEST**2:
+        entry = pair[1].weights[name]
+        raise CsuloraError(
+            f"{entry.file}: tensor {entry.name} is further than {LARGEST:g} from the base model's; "
+            "no fine-tuning moves a weight that far"
+        )
+    return D
+
+
+def _module_subspace(
+    D: Tensor | Difference,
+    name: str,
+    rank: int,
+    energy: float | None,
+    seed: int,
+    transposed: bool,
+) -> ModuleSubspace:
+    # Seeded by name, so that a module's subspace does not depend on which others are selected.
+    key = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    U, S, V, total = top_triplets(D, generator, rank=rank, energy_share=energy)
+    share = float(S.double().square().sum()) / total if total else 0.0
+    return ModuleSubspace(U.cpu(), S.cpu(), V.cpu(), min(share, 1.0), transposed)

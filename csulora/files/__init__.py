@@ -1,0 +1,1 @@
+"""Disk and foreign formats: safetensors, JSON, whole folders, PEFT, checkpoints, hub ids."""

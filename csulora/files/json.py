@@ -1,0 +1,61 @@
+"""JSON in and out: strictly valid, finite numbers only, the same bytes for the same values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from csulora.errors import CsuloraError
+from csulora.files.plain import read_bytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; numbers and text that could not be written back are refused."""
+    return parse_json(path, read_bytes(path))
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """`read_json` of a file whose bytes are at hand."""
+    try:
+        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise CsuloraError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CsuloraError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError(f"{literal} is not a finite number")
+    return value
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Deterministic, strictly valid JSON text (an infinite strength must already be a string)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def json_rows(value: Mapping[str, Any]) -> bytes:
+    """The same with lines for two levels only: a report stays readable, and quick to write."""
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    return (_rows(value, "  ", lambda entry: _inner(entry, encode), encode) + "\n").encode()
+
+
+def _inner(value: Any, encode: Callable[[Any], str]) -> str:
+    if isinstance(value, Mapping) and value:
+        return _rows(value, "    ", encode, encode)
+    return encode(value)
+
+
+def _rows(
+    value: Mapping[str, Any], indent: str, inner: Callable[[Any], str], encode: Callable[[str], str]
+) -> str:
+    rows = ",\n".join(f"{indent}{encode(key)}: {inner(entry)}" for key, entry in value.items())
+    return "{\n" + rows + "\n" + indent[:-2] + "}"

@@ -1,0 +1,118 @@
+"""What float32 does to a result: which modules it would spoil, told before anything is recomposed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csulora.method.rank_fit import dot
+from csulora.method.stages import (
+    Cores,
+    Figures,
+    Grams,
+    Projection,
+    solve_grams,
+    split_grams,
+    ungauged,
+)
+
+if TYPE_CHECKING:
+    from csulora.settings import Correction
+
+# Amplifications up to which float32 arithmetic keeps to 1e-5 and a half type to 2 of its ulp.
+COMPUTING_LIMIT = 4.0
+STORING_LIMIT = 3.0
+# Squares below this may be what is left of a sum that float32 cannot hold.
+SMALLEST_SQUARE = 1e-30
+# A factor is singular whose Gram matrix, columns scaled to norm 1, has an eigenvalue below this.
+SMALLEST_CORRELATION = 1e-5
+
+
+class Amplification(NamedTuple):
+    """First-order relative error of the update B'A' per unit of roundoff.
+
+    About 1 where nothing cancels; large where the result is small beside what it is computed from, or
+    where the two factors of a small product are large.
+    """
+
+    computing: Tensor  # (...) of the factors in the dtype they are computed in
+    storing: Tensor  # (...) of the new factors in the dtype they are stored in
+
+
+def solve_with_amplification(
+    projection: Projection, correction: Correction
+) -> tuple[Cores, Figures, Amplification]:
+    """`solve`, and how much `recompose` would amplify rounding errors."""
+    grams, t = split_grams(projection)
+    cores, figures = solve_grams(grams, correction)
+    return ungauged(cores, t), figures, amplification(grams, cores)
+
+
+def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amplification:
+    """How much `recompose` would amplify rounding errors, for cores that `solve_grams` found.
+
+    used: (..., r), False for columns that are padding.
+    """
+    G_B, G_A = grams
+    X_in, X_out, Y_in, Y_out = cores
+    if X_in is None or X_out is None:
+        eye = torch.eye(G_B.shape[-1], dtype=G_B.dtype, device=G_B.device).expand(G_B.shape[1:])
+        nothing = torch.zeros_like(eye)
+        X_in, X_out = torch.cat([eye, nothing], dim=-1), torch.cat([nothing, eye], dim=-1)
+    new_B = X_in.mT @ G_B[0] @ X_in + X_out.mT @ G_B[1] @ X_out
+    new_A = Y_in @ G_A[0] @ Y_in.mT + Y_out @ G_A[1] @ Y_out.mT
+    energy = dot(new_B, new_A)
+    inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
+    # B_out is a difference from B, so it carries the rounding of all of B; so with A.
+    squares = (
+        _diagonal(G_B[0]) * _diagonal(X_in @ new_A @ X_in.mT)
+        + _diagonal(G_B.sum(0)) * _diagonal(X_out @ new_A @ X_out.mT)
+        + _diagonal(G_A[0]) * _diagonal(Y_in.mT @ new_B @ Y_in)
+        + _diagonal(G_A.sum(0)) * _diagonal(Y_out.mT @ new_B @ Y_out)
+    )
+    stored = 2 * _diagonal(new_B) * _diagonal(new_A)
+    computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
+    if cores.X_in is not None:
+        # The fit divides by its systems; where they are singular it divides rounding errors by noise.
+        smallest = [_smallest_correlation(G.sum(0), used) for G in (G_B, G_A)]
+        singular = torch.minimum(*smallest) < SMALLEST_CORRELATION
+        computing = torch.where(singular & (energy > 0), math.inf, computing)
+    return Amplification(computing, storing)
+
+
+def squares_fit_float32(squares: Tensor) -> Tensor:
+    """(...) whether float32 holds the squared norms (..., r) of a factor's columns or rows.
+
+    Factors can be as small as 1e-30 where alpha makes up for it: a sum of squares that vanished would
+    pass the update off as zero, and so as nothing to correct.
+    """
+    return (squares > SMALLEST_SQUARE).all(-1)
+
+
+def needs_float64(
+    squares_fit: Tensor, amplified: Amplification, *, half: Tensor, identity: Tensor
+) -> Tensor:
+    """(n) which modules float32 would spoil, or their own type would in a form that is not balanced.
+
+    squares_fit: (n) bool, from `squares_fit_float32`. half: (n) bool, whether a type of 16 bits is read
+    or written.
+    identity: (n) bool, whether the strengths keep the module as it is: then only its figures count.
+    """
+    limit = torch.where(half, STORING_LIMIT, COMPUTING_LIMIT)
+    spoilt = (amplified.computing > COMPUTING_LIMIT) | (amplified.storing > limit)
+    return ~squares_fit | (spoilt & ~identity)
+
+
+def _diagonal(X: Tensor) -> Tensor:
+    return X.diagonal(dim1=-2, dim2=-1)
+
+
+def _smallest_correlation(G: Tensor, used: Tensor | None) -> Tensor:
+    """Smallest eigenvalue of a Gram matrix (..., r, r) after its columns are scaled to norm 1."""
+    if used is not None:
+        G = G + torch.diag_embed((~used).to(G.dtype))
+    scale = _diagonal(G).clamp_min(1e-300).rsqrt()
+    return torch.linalg.eigvalsh(G * scale[..., None] * scale[..., None, :])[..., 0]

@@ -1,0 +1,142 @@
+"""From a solution to the adapter and its report: precision, type, balance and form, after any backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from csulora.adapter import LoraAdapter, LoraModule
+from csulora.files.peft_config import alpha_for_rank, portable_config
+from csulora.method import in_float64
+from csulora.method.stages import Cores
+from csulora.pipeline.memory import Layout, allocate, balance, store
+from csulora.pipeline.plan import Member, Plan
+from csulora.pipeline.solved import Pair, Solved
+from csulora.report import Report, module_reports, rank_warnings, totals
+from csulora.settings import Correction
+from csulora.subspace import SafetySubspace
+
+Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
+
+
+def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
+    """The corrected adapter and what was done to it.
+
+    Raises CsuloraError where a result, or an energy, is out of range.
+    """
+    careful = _solve_in_float64(plan, solved)
+    report = _report(plan, solved)
+    portable_rank = plan.portable_rank
+    memory = allocate({m.name: _layout(plan, m, portable_rank) for m in plan.members})
+    modules: dict[str, LoraModule] = {}
+    for i in solved.order:
+        member = plan.members[i]
+        into = memory[member.name]
+        pair = _factors(member, i, solved, careful, None if plan.portable else into)
+        modules[member.name] = _module(plan, member, pair, portable_rank, into)
+    config = plan.source.config
+    if portable_rank is not None:
+        config = portable_config(config, portable_rank)
+    ordered = {name: modules[name] for name in plan.source.modules}
+    adapter = replace(plan.source, modules=ordered, config=config)
+    return replace(adapter, config=adapter.written_config()), report
+
+
+def report(plan: Plan, solved: Solved) -> Report:
+    """What the correction would do, without doing it. Raises as `finish`."""
+    _solve_in_float64(plan, solved)
+    return _report(plan, solved)
+
+
+def provenance(
+    subspace: SafetySubspace, correction: Correction, dtype: torch.dtype | None, portable: bool
+) -> dict[str, dict[str, Any]]:
+    """What, besides the source, determines a result, as the report states it."""
+    return {
+        "settings": {
+            **correction.to_dict(),
+            "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
+            "portable": portable,
+        },
+        "subspace": {
+            "sha256": subspace.sha256,
+            "base": subspace.origin.base,
+            "aligned": subspace.origin.aligned,
+            "rank": subspace.rank,
+        },
+    }
+
+
+def _solve_in_float64(plan: Plan, solved: Solved) -> Careful:
+    """Parts and cores of the members that need it; their figures replace those in `solved`."""
+    found: Careful = {}
+    for i in solved.needs_float64.nonzero().flatten().tolist():
+        member = plan.members[i]
+        parts = in_float64.split(member.module.B, member.module.A, member.U, member.V)
+        cores, figures = in_float64.solve(parts, member.correction)
+        for whole, figure in zip(solved.figures, figures, strict=True):
+            whole[i] = figure
+        found[i] = parts, cores
+    return found
+
+
+def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pair | None) -> Pair:
+    """B' and A' of a member in whatever type they were computed in."""
+    if member.correction.is_identity:
+        return member.module.B, member.module.A
+    if i in careful:
+        return in_float64.recompose(*careful[i], member.rank)
+    return solved.factors(i, into)
+
+
+def _layout(plan: Plan, member: Member, portable_rank: int | None) -> Layout:
+    rank = portable_rank or member.rank
+    B, A = member.module.B, member.module.A
+    return Layout((B.shape[0], rank), (rank, A.shape[1]), *plan.dtypes(member))
+
+
+def _module(
+    plan: Plan, member: Member, pair: Pair, portable_rank: int | None, into: Pair
+) -> LoraModule:
+    """The module in the form that is wanted, its factors in the memory and type kept for them."""
+    old, (B, A) = member.module, pair
+    rslora = bool(plan.source.config.get("use_rslora"))
+    alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
+    new = LoraModule(A=A, B=B, alpha=alpha, scaling=old.scaling)
+    if portable_rank is not None:
+        new = new.portable(portable_rank)
+    B, A = new.B, new.A
+    if torch.float16 in (into[0].dtype, into[1].dtype) and not member.correction.is_identity:
+        B, A = balance(B, A)
+    store(member.name, B, A, into, scaled=plan.portable)
+    return replace(new, B=into[0], A=into[1])
+
+
+def _report(plan: Plan, solved: Solved) -> Report:
+    padded = plan.portable_rank
+    ranks = [(m.module.rank, padded or m.rank, m.U.shape[1]) for m in plan.members]
+    scalings = [member.module.scaling for member in plan.members]
+    modules = module_reports([m.name for m in plan.members], solved.figures, scalings, ranks)
+    total = totals(modules)
+    warnings = rank_warnings(total, modules)
+    if not modules:
+        warnings.append("no module could be corrected: every tensor was passed through")
+    empty = [name for name, module in modules.items() if module.subspace_rank == 0]
+    if empty:
+        warnings.append(
+            f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
+            f"off-subspace: {', '.join(empty[:3])}"
+        )
+    source = plan.source.source
+    made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
+    return Report(
+        modules=modules,
+        totals=total,
+        settings=made["settings"],
+        subspace=made["subspace"],
+        source={} if source is None else source.to_dict(),
+        passed_through=sorted(plan.source.passed_through),
+        warnings=[*warnings, *solved.notes],
+    )

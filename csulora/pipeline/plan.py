@@ -1,0 +1,119 @@
+"""What is to be done: each module of an adapter with its bases and strengths, and the form wanted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from csulora.adapter import LoraAdapter, LoraModule
+from csulora.errors import CsuloraError
+from csulora.files.names import match_modules
+from csulora.settings import Correction
+from csulora.subspace import ModuleSubspace, SafetySubspace
+from csulora.text import listed
+
+
+class Member(NamedTuple):
+    """One module of an adapter, its bases in the orientation of its update, and its strengths."""
+
+    name: str  # as the adapter calls it
+    target: str  # as the subspace calls it
+    transposed: bool  # U and V of the subspace have changed places
+    module: LoraModule
+    U: Tensor  # (d_out, k)
+    V: Tensor  # (d_in, k)
+    correction: Correction
+
+    @property
+    def rank(self) -> int:
+        """Rank of the result, before the portable form pads it."""
+        doubled = self.correction.form == "exact" and not self.correction.is_identity
+        return 2 * self.module.rank if doubled else self.module.rank
+
+
+class Plan(NamedTuple):
+    """An adapter's modules as they are to be corrected: everything about the result but its values."""
+
+    source: LoraAdapter
+    subspace: SafetySubspace
+    correction: Correction
+    dtype: torch.dtype | None  # of the new factors, None: each factor's own
+    portable: bool
+    members: tuple[Member, ...]  # in the order of the adapter's modules
+
+    @classmethod
+    def of(
+        cls,
+        source: LoraAdapter,
+        subspace: SafetySubspace,
+        correction: Correction,
+        dtype: torch.dtype | None = None,
+        portable: bool = False,
+    ) -> Plan:
+        """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
+        if portable and source.passed_through:
+            raise CsuloraError(
+                "the portable form cannot hold passed-through tensors: "
+                f"{listed(source.passed_through)}"
+            )
+        if portable and not source.modules:
+            raise CsuloraError("the portable form needs at least one module")
+        members = _members(source, subspace, correction)
+        return cls(source, subspace, correction, dtype, portable, members)
+
+    @property
+    def portable_rank(self) -> int | None:
+        """The one rank of all modules in the portable form."""
+        return max(member.rank for member in self.members) if self.portable else None
+
+    def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
+        """Types of a member's new B and A."""
+        return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
+
+
+def _members(
+    adapter: LoraAdapter, subspace: SafetySubspace, correction: Correction
+) -> tuple[Member, ...]:
+    where = str(subspace.path or "subspace")
+    matches = match_modules(adapter.modules, subspace.modules.keys(), where)
+    turned = bool(adapter.config.get("fan_in_fan_out")) and any(
+        _is_turned(module, subspace.modules[matches[name]])
+        for name, module in adapter.modules.items()
+    )
+    return tuple(
+        _member(name, module, matches[name], subspace, turned, correction)
+        for name, module in adapter.modules.items()
+    )
+
+
+def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
+    """Whether only U and V in each other's place fit the update, as when the adapter knows that its
+    weights are stored as (d_in, d_out) and the estimate did not."""
+    shape = (module.B.shape[0], module.A.shape[1])
+    return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
+
+
+def _member(
+    name: str,
+    module: LoraModule,
+    target: str,
+    subspace: SafetySubspace,
+    turned: bool,
+    correction: Correction,
+) -> Member:
+    found = subspace.modules[target]
+    shape = (module.B.shape[0], module.A.shape[1])
+    U, V = found.U, found.V
+    # The singular vectors of the transposed matrix are the same two bases in the other order. A square
+    # module does not tell; it is stored like the others.
+    transposed = turned and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape
+    if transposed:
+        U, V = V, U
+    if (U.shape[0], V.shape[0]) != shape:
+        raise CsuloraError(
+            f"{subspace.path or 'subspace'}: {target} is {U.shape[0]} x {V.shape[0]}, but the adapter "
+            f"updates {name} with {shape[0]} x {shape[1]}; was the subspace estimated for another model?"
+        )
+    return Member(name, target, transposed, module.detached(), U, V, correction)

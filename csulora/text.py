@@ -1,0 +1,23 @@
+"""How names and numbers are put into messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def span(values: Sequence[Any]) -> str:
+    """ "4", or "4 to 8", from sorted values."""
+    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def one_line(error: object) -> str:
+    """An error's message on one line, control characters made visible."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,100 @@
+"""What the compiler makes of each kernel, on a machine without a GPU.
+
+    python tests/kernels/compiled.py < configurations.json > facts.json
+
+A configuration is {kernel, arch, dtype, warps, stages, registers and the kernel's constants by name}.
+Compiling needs Triton without its interpreter, so the tests call this in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+# Arguments that are not pointers to float32, by name.
+POINTERS = {
+    "p_entries": "*i64",
+    "p_out_entries": "*i64",
+    "p_modules": "*i64",
+    "p_work": "*i32",
+    "p_energy": "*fp64",
+    "p_before": "*fp64",
+    "p_after": "*fp64",
+    "p_change": "*fp64",
+    "p_error": "*fp64",
+    "p_scratch": "*fp64",
+}
+STORED = ("p_data", "p_out", "p_base", "p_aligned")  # of the adapters' or checkpoints' own type
+
+
+def kernel(name: str) -> Any:
+    module = {"add_splits": "project"}.get(name, name)
+    return getattr(__import__(f"csulora_kernels._{module}", fromlist=["_"]), f"{name}_kernel")
+
+
+def facts(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Registers, bytes of shared and local memory, and counts of the instructions that matter."""
+    given = dict(configuration)
+    fn = kernel(given.pop("kernel"))
+    arch, warps, stages = given.pop("arch"), given.pop("warps"), given.pop("stages")
+    registers = given.pop("registers", None)
+    stored = DTYPES[given.pop("dtype")]
+    signature, attributes = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in given:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = stored if name in STORED else POINTERS.get(name, "*fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name.startswith("lambda") else "i32"
+    source = ASTSource(fn=fn, signature=signature, constexprs=given, attrs=attributes)
+    target = GPUTarget("cuda", arch, 32)
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _dump("-res-usage", file.name)
+        sass = _dump("-sass", file.name)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "local": found["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "spill_stores": len(re.findall(r"\bSTL\b", sass)),
+        "spill_loads": len(re.findall(r"\bLDL\b", sass)),
+        "loads": _count(sass, r"\b(LDG\.E[.\w]*|LDGSTS\.E[.\w]*)"),
+        "stores": _count(sass, r"\b(STG\.E[.\w]*)"),
+        "tensor_core": _count(sass, r"\b((?:HMMA|HGMMA|DMMA|QGMMA|UTCHMMA|UTCQMMA)[.\w]*)"),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+    }
+
+
+def _dump(option: str, file: str) -> str:
+    return subprocess.run(
+        [CUOBJDUMP, option, file], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _count(sass: str, pattern: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in re.findall(pattern, sass):
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+if __name__ == "__main__":
+    print(json.dumps([facts(one) for one in json.load(sys.stdin)]))

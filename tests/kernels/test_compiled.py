@@ -1,0 +1,212 @@
+"""Compiled for GPUs on a machine without one: registers, spills, load widths, tensor-core instructions.
+
+The default set covers every kernel, type and form on sm_80 and sm_90; `-m exhaustive` adds every tile
+that the chooser can return, sm_100, and both granularities.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from csulora_kernels import displacement
+from csulora_kernels.layout import Shape
+from csulora_kernels.tiles import choose
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
+TYPES = ("bfloat16", "float16", "float32")
+RANKS = (16, 32, 64, 128)
+# The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on
+# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores.
+KNOWN_SPILLS = {
+    (80, "project", "float32", 128): 400,
+    (100, "solve", "float32", 64): 8,
+    (100, "solve", "float32", 128): 8,
+}
+
+
+def configurations(arch, dtype, r, k, adapters):
+    """Every kernel, as the launchers call it with what the chooser returns."""
+    shapes = (Shape(14336, 4096, k), Shape(1024, 4096, k))
+    tiles = choose(shapes, adapters, r, getattr(torch, dtype), arch, 132)
+    common = {"arch": arch, "dtype": dtype, "K": tiles.K, "R": tiles.R}
+    vector = 4 if dtype == "float32" else 8
+    vectors = {"VEC_R": vector, "VEC_D": vector}
+    yield {
+        **common,
+        **vectors,
+        "kernel": "project",
+        "GROUP": tiles.group,
+        "BLOCK_K": tiles.project.block_k,
+        "BLOCK_D": tiles.project.block_d,
+        "EMULATE": False,
+        "warps": tiles.project.warps,
+        "stages": tiles.project.stages,
+        "registers": tiles.project.registers,
+    }
+    yield {**common, "kernel": "add_splits", "BLOCK": 1024, "warps": 4, "stages": 3}
+    for same in (False, True):
+        yield {
+            **common,
+            **vectors,
+            "kernel": "recompose",
+            "T": tiles.recompose_tile,
+            "BLOCK_K": tiles.recompose.block_k,
+            "BLOCK_D": tiles.recompose.block_d,
+            "SAME": same,
+            "PRECISION": "tf32x3" if dtype == "float32" else "bf16x3",
+            "warps": tiles.recompose.warps,
+            "stages": tiles.recompose.stages,
+            "registers": tiles.recompose.registers,
+        }
+        for component in (False, True):
+            yield {
+                **common,
+                "dtype": "float32",  # it never sees the adapters' type
+                "kernel": "solve",
+                "T": tiles.solve_tile,
+                "COMPONENT": component,
+                "SAME": same,
+                "warps": tiles.solve_warps,
+                "registers": tiles.solve_registers,
+                "stages": 1,
+            }
+
+
+def displacements(arch, dtype):
+    vector = 4 if dtype == "float32" else 8
+    for transposed, width in itertools.product((False, True), (16, 32, 64)):
+        yield {
+            "kernel": "displacement",
+            "arch": arch,
+            "dtype": dtype,
+            "BLOCK_I": displacement.BLOCK_I,
+            "BLOCK_L": displacement.BLOCK_L,
+            "BLOCK_C": width,
+            "VEC_N": vector,
+            "VEC_C": 4,
+            "TRANSPOSED": transposed,
+            "warps": 4,
+            "stages": 1,
+        }
+
+
+def unique(chosen):
+    return list({json.dumps(c, sort_keys=True): c for c in chosen}.values())
+
+
+def representative():
+    cases = [
+        *itertools.product((80, 90), TYPES, (16,), (64,), (64,)),
+        *itertools.product((80, 90), ("bfloat16",), (64, 128), (100,), (1,)),
+    ]
+    chosen = unique(c for case in cases for c in configurations(*case))
+    chosen += [c for c in displacements(90, "bfloat16") if c["BLOCK_C"] == 32]
+    # The two granularities differ in a few instructions; the full set has both.
+    return [c for c in chosen if not c.get("COMPONENT")]
+
+
+def everything():
+    cases = itertools.product((80, 90, 100), TYPES, RANKS, (64, 256), (1, 64))
+    done = {json.dumps(c, sort_keys=True) for c in representative()}
+    chosen = unique(c for case in cases for c in configurations(*case))
+    chosen += [c for pair in itertools.product((80, 90, 100), TYPES) for c in displacements(*pair)]
+    return [c for c in chosen if json.dumps(c, sort_keys=True) not in done]
+
+
+def compile_all(chosen, cache):
+    """Facts of each configuration, from two processes that share the work."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(HERE.parents[1])}
+
+    def part(share):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "compiled.py")],
+            input=json.dumps(share),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=3600,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        even, odd = pool.map(part, (chosen[::2], chosen[1::2]))
+    facts = [None] * len(chosen)
+    facts[::2], facts[1::2] = even, odd
+    return facts
+
+
+def complaints(c, found):
+    """What the compiled kernel fails in, as text; empty if nothing."""
+    name = c["kernel"]
+    allowed = KNOWN_SPILLS.get((c["arch"], name, c["dtype"], c.get("R")), 0)
+    spilled = max(found["spill_stores"], found["spill_loads"])
+    if spilled > allowed or (found["stack"] and not allowed):
+        yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
+    if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
+        yield f"{found['shared']} bytes of shared memory"
+    if name in ("project", "recompose", "displacement"):
+        vectors = sum(n for load, n in found["loads"].items() if load.endswith(".128"))
+        # Asynchronous copies bring tiles. Narrow ones may bring an R x R core, which has less than
+        # 16 bytes a thread; all others come in whole vectors.
+        narrow = {load: n for load, n in found["loads"].items() if "LDGSTS" in load}
+        narrow = {load: n for load, n in narrow.items() if not load.endswith(".128")}
+        if not vectors or (
+            narrow and (name != "recompose" or c["R"] > 16 or set(narrow) != {"LDGSTS.E.64"})
+        ):
+            yield f"global loads below 16 bytes: {found['loads']}"
+        if c["arch"] < 100 and not any("MMA" in op for op in found["tensor_core"]):
+            yield f"no tensor-core instructions: {found['tensor_core']}"
+        single = sum(n for load, n in found["loads"].items() if load in ("LDG.E.U16", "LDG.E.U8"))
+        if single:
+            yield f"{single} two-byte loads"
+
+
+def check(chosen, cache, capsys):
+    facts = compile_all(chosen, cache)
+    failed = [
+        f"{c}: {text}"
+        for c, found in zip(chosen, facts, strict=True)
+        for text in complaints(c, found)
+    ]
+    report = os.environ.get("PYTEST_XDIST_WORKER") is None
+    if report:
+        with capsys.disabled():
+            print_table(chosen, facts)
+    assert not failed, "\n".join(failed)
+
+
+def print_table(chosen, facts):
+    print()
+    for c, f in zip(chosen, facts, strict=True):
+        constants = " ".join(
+            f"{k}={c[k]}"
+            for k in ("R", "K", "GROUP", "SAME", "COMPONENT", "BLOCK_C", "TRANSPOSED")
+            if k in c
+        )
+        print(
+            f"sm_{c['arch']} {c['kernel']:10} {c['dtype']:8} {constants:40} registers {f['registers']:3} "
+            f"shared {f['shared']:6} spills {f['spill_stores']}/{f['spill_loads']} "
+            f"loads {f['loads']} {f['tensor_core']}"
+        )
+
+
+@pytest.mark.slow
+def test_compiled_kernels_do_not_spill_and_load_whole_vectors(tmp_path, capsys):
+    check(representative(), tmp_path, capsys)
+
+
+@pytest.mark.exhaustive
+def test_every_tile_of_the_chooser_compiles_as_well(tmp_path, capsys):
+    check(everything(), tmp_path, capsys)

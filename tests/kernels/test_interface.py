@@ -1,0 +1,86 @@
+"""The functions of csulora_kernels: their names, what they import, allocate and refuse."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import csulora_kernels as kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+def packed(d_out, d_in, rank):
+    """One adapter of ones on one module, with a basis of two directions a side."""
+    basis = kernels.pack_basis({"m": (torch.eye(d_out)[:, :2], torch.eye(d_in)[:, :2])})
+    table = kernels.pack([{"m": (torch.ones(d_out, rank), torch.ones(rank, d_in))}], basis)
+    return table, basis
+
+
+def test_importing_the_packages_imports_no_triton():
+    command = [sys.executable, "-X", "importtime", "-c", "import csulora_kernels, csulora"]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"csulora", "csulora_kernels"} <= imported and "triton" not in imported
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_public_names():
+    """The stages stay functions after the files of their kernels have been imported, too."""
+    table, basis = packed(4, 4, 1)
+    kernels.correct(table, basis, kernels.Penalties())
+    assert [name for name in kernels.__all__ if not hasattr(kernels, name)] == []
+    assert callable(kernels.project) and callable(kernels.solve)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_ranks_above_the_limit_are_refused_by_name():
+    table, basis = packed(4, 4, 129)
+    with pytest.raises(ValueError, match="rank 129"):
+        kernels.correct(table, basis, kernels.Penalties())
+
+
+def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
+    """As in a process without the interpreter (tests/test_backend.py starts one): the kernel is such
+    as `triton.jit` makes it there."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from csulora_kernels import _solve
+
+    monkeypatch.setattr(_solve, "solve_kernel", jit.JITFunction(_solve.solve_kernel.fn))
+    assert "CUDA" in kernels.unavailable(torch.device("cpu"))
+    table, basis = packed(8, 5, 2)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        kernels.correct(table, basis, kernels.Penalties())
+
+
+class Recorded(TorchDispatchMode):
+    """Notes every operator of PyTorch that runs."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("form", "factor"), [("exact", 2), ("same", 1)])
+def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, factor, monkeypatch):
+    """No operator of PyTorch runs at all: the three launches are everything."""
+    from triton.runtime.interpreter import GridExecutor
+
+    table, basis = packed(64, 48, 2)
+    penalties = kernels.Penalties(form=form)
+    out, ws = kernels.empty_like(table, factor), kernels.workspace(table, basis, penalties)
+    kernels.correct(table, basis, penalties, out=out, workspace=ws)
+    seen = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **kw: seen.append("launch"))
+    with Recorded(seen):
+        kernels.correct(table, basis, penalties, out=out, workspace=ws)
+    # Views of slot 0 of the partial sums, and no more.
+    assert set(seen) == {"aten.select.int", "launch"} and seen.count("launch") == 3

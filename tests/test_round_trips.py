@@ -1,0 +1,194 @@
+"""Settings, reports and adapters to plain values and back, and how they show in a prompt."""
+
+import json
+import math
+from dataclasses import replace
+
+import builders
+import peft
+import pytest
+import torch
+import transformers
+from builders import CONFIG, WEIGHTS
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import csulora
+from csulora import Correction, CsuloraError, LoraAdapter, Report, UsageError
+from csulora.settings import FORMS, GRANULARITIES
+
+strengths = st.one_of(st.floats(0, 1e300), st.just(math.inf), st.integers(0, 10**6))
+
+
+def through_json(value):
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+@given(st.tuples(*[strengths] * 4), st.sampled_from(GRANULARITIES), st.sampled_from(FORMS))
+def test_a_correction_survives_json(four, granularity, form):
+    correction = Correction(*four, granularity=granularity, form=form)
+    assert Correction.from_dict(through_json(correction.to_dict())) == correction
+
+
+def test_settings_from_elsewhere():
+    assert Correction.from_dict({}) == Correction()
+    assert Correction.from_dict({"lambda_off": "inf"}).lambda_off == math.inf
+    for wrong, word in (
+        ({"lambda_of": 1}, "'lambda_of' is no setting"),
+        ({"lambda_off": "1"}, "lambda_off must be a number"),
+        ({"form": "exactly"}, "form must be one of exact, same"),
+        ({"rank": "same"}, "'rank' is no setting"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            Correction.from_dict(wrong)
+
+
+@pytest.fixture
+def corrected(adapter, subspace):
+    loaded = csulora.SafetySubspace.load(subspace)
+    return csulora.correct(LoraAdapter.load(adapter), loaded, Correction(lambda_off=math.inf))
+
+
+def test_a_report_survives_json_and_the_disk(corrected, out):
+    new, report = corrected
+    assert Report.from_dict(through_json(report.to_dict())) == report
+    left_out = new.save(out, report=report)
+    written = json.loads((out / builders.REPORT).read_text())
+    assert Report.from_dict(written) == replace(report, left_out=left_out)
+    new.save(out.parent / "again", report=report.to_dict())
+    assert builders.tree(out.parent / "again") == builders.tree(out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(format="csulora_report/0"),
+        lambda values: values.pop("totals"),
+        lambda values: values["totals"].pop("energy_before"),
+        lambda values: values.update(modules=[]),
+        lambda values: values.update(surprise=1),
+    ],
+)
+def test_what_is_no_report_is_refused(corrected, change):
+    values = through_json(corrected[1].to_dict())
+    change(values)
+    with pytest.raises(CsuloraError, match="not a report"):
+        Report.from_dict(values)
+
+
+def test_tensors_in_are_the_file_in_and_tensors_out_the_file_out(adapter, subspace, out):
+    """As a folder and in memory, an adapter is read, corrected and written alike."""
+    loaded = csulora.SafetySubspace.load(subspace)
+    tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
+    one, _ = csulora.correct(LoraAdapter.load(adapter), loaded)
+    two, _ = csulora.correct(LoraAdapter.from_tensors(tensors, config), loaded)
+    assert two.source is None and config == json.loads((adapter / CONFIG).read_text())
+    one.save(out)
+    written = load_file(out / WEIGHTS)
+    found = two.tensors()
+    assert found.keys() == written.keys()
+    for name, X in written.items():  # the last bit of a product depends on where its operands lie
+        torch.testing.assert_close(found[name], X, rtol=1e-5, atol=1e-6)
+    assert two.written_config() == json.loads((out / CONFIG).read_text())
+    assert two.nbytes == sum(X.nbytes for X in written.values())
+
+
+def test_the_configuration_of_a_corrected_adapter_tells_its_ranks(corrected):
+    new, _ = corrected
+    assert {module.rank for module in new.modules.values()} == {8}
+    assert (new.config["r"], new.config["lora_alpha"]) == (8, 16)
+    assert new.written_config() == new.config
+    # An adapter put together by hand may hold another one, but never writes it.
+    other = LoraAdapter(new.modules, {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    assert other.written_config() == {**other.config, "r": 8, "lora_alpha": 16} | {
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def test_a_peft_model_in_memory(subspace):
+    """What PEFT hands out goes in; what comes out goes into PEFT, and the model computes with it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+    )
+    names = ["q_proj", "down_proj"]
+    settings = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, use_rslora=True)
+    base = transformers.LlamaForCausalLM(config)
+    weights = {name: X.clone() for name, X in base.state_dict().items()}
+    model = peft.get_peft_model(base, settings)
+    adapter = LoraAdapter.from_tensors(
+        peft.get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+    )
+    assert adapter.config["target_modules"] == sorted(names)  # PEFT holds a set
+    bases = {
+        name: csulora.ModuleSubspace(
+            torch.linalg.qr(torch.randn(m.B.shape[0], 4))[0],
+            torch.ones(4),
+            torch.linalg.qr(torch.randn(m.A.shape[1], 4))[0],
+            0.5,
+        )
+        for name, m in adapter.modules.items()
+    }
+    loaded = csulora.SafetySubspace(bases, csulora.Origin("base", "aligned", "", "", 0))
+    new, _ = csulora.correct(adapter, loaded, Correction(form="same"))
+    peft.set_peft_model_state_dict(model, new.tensors())
+    merged = model.merge_and_unload().state_dict()
+    for name, module in new.modules.items():
+        update = module.scaling * module.B @ module.A
+        torch.testing.assert_close(merged[f"{name}.weight"], weights[f"{name}.weight"] + update)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "word"),
+    [
+        ({}, {}, "holds no LoRA tensors"),
+        ({"x": torch.ones(2)}, {}, "pass-through"),
+        (None, {"r": 5}, "do not fit rank 5"),
+        (None, {"peft_type": "IA3"}, "only LORA adapters"),
+        (None, {"task_type": object()}, "is not a value of a configuration file"),
+        (None, {"lora_alpha": math.nan}, "not a finite number"),
+    ],
+)
+def test_tensors_that_are_no_adapter(adapter, tensors, config, word):
+    good = json.loads((adapter / CONFIG).read_text())
+    tensors = load_file(adapter / WEIGHTS) if tensors is None else tensors
+    with pytest.raises(CsuloraError, match=word):
+        LoraAdapter.from_tensors(tensors, good | config)
+
+
+def test_a_nan_among_the_tensors(adapter):
+    tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
+    name = min(tensors)
+    tensors[name][0, 0] = math.nan
+    with pytest.raises(CsuloraError, match=f"tensor {name} holds NaN or Inf"):
+        LoraAdapter.from_tensors(tensors, config)
+
+
+def test_identify_is_the_source_that_load_finds(adapter):
+    found = csulora.identify(adapter)
+    assert found == LoraAdapter.load(adapter).source
+    assert found.sha256 == builders.digest(adapter / WEIGHTS)
+    assert found.to_dict() == {
+        "name": adapter.name,
+        "sha256": builders.digest(adapter / WEIGHTS),
+        "config_sha256": builders.digest(adapter / CONFIG),
+    }
+
+
+def test_what_holds_tensors_shows_in_one_line_and_equals_itself_only(adapter, subspace):
+    one, two = LoraAdapter.load(adapter), LoraAdapter.load(adapter)
+    loaded = csulora.SafetySubspace.load(subspace)
+    module, basis = one.modules[builders.LAYERS[0]], loaded.modules[builders.LAYERS[0]]
+    assert [repr(value) for value in (one, module, loaded, basis)] == [
+        "LoraAdapter(2 modules, rank 4, from lora)",
+        "LoraModule(24 x 16, rank 4, alpha 8, float32)",
+        "SafetySubspace(2 modules, rank 4, base to aligned)",
+        "ModuleSubspace(24 x 16, rank 4, 50.0 % of the energy)",
+    ]
+    assert one == one and one != two and len({one, two, module, loaded, basis}) == 5
