@@ -1,0 +1,109 @@
+"""Every script in examples/ runs without arguments and without a network, and prints what it promises."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"in_memory_peft": ("peft", "transformers"), "packed_kernels": ("triton",)}
+
+
+def run(script, folder, **environment):
+    """What a script prints, run in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def report(folder):
+    return json.loads((folder / "csulora_report.json").read_text())
+
+
+def correct_one(printed, out):
+    totals = report(out / "one")["totals"]
+    assert "LoraAdapter(28 modules, rank 8" in printed and "SafetySubspace(28 modules" in printed
+    assert f"28 modules, relative change {totals['relative_change']:.3f}" in printed
+    assert (out / "subspace.safetensors").exists()
+
+
+def correct_folder_on_demand(printed, out):
+    found = dict(re.findall(r"^(.*): (\d of \d) did the work", printed, re.MULTILINE))
+    assert found == {
+        "eight at once": "1 of 8",
+        "eight again": "0 of 8",
+        "other strengths": "1 of 8",
+        "asked once more": "0 of 1",
+    }
+    assert report(out / "on-demand")["settings"]["lambda_off"] == 100
+
+
+def in_memory_peft(printed, out):
+    before, after = re.search(r"norm of the update (\S+) -> (\S+)", printed).groups()
+    assert 0 < float(after) < float(before)
+    assert not out.exists()
+
+
+def many_adapters(printed, out):
+    assert re.findall(r"^\d .*", printed, re.MULTILINE) == [
+        "5 corrected, 1 failed",
+        "1 failed, 5 skipped",
+    ]
+    assert "run-5: failed" in printed and "no such file" in printed
+    assert len(list(out.glob("many/customer-*/run-*/csulora_report.json"))) == 5
+
+
+def packed_kernels(printed, out):
+    lines = re.findall(r"^adapter \d, \w+: rank (\d+) -> (\d+)", printed, re.MULTILINE)
+    assert len(lines) == 4 and all(2 * int(r) == int(new) for r, new in lines)
+    assert not out.exists()
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        correct_one,
+        correct_folder_on_demand,
+        in_memory_peft,
+        many_adapters,
+        packed_kernels,
+    )
+}
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_prints_what_it_promises(script, tmp_path):
+    for package in NEEDS.get(script.stem, ()):
+        pytest.importorskip(package)
+    # The kernels run on the GPU where there is one.
+    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    printed = run(script, tmp_path, **interpreter)
+    CHECKS[script.stem](printed, tmp_path / "csulora-examples")
+
+
+def test_the_kernels_example_says_why_it_cannot_run(tmp_path):
+    """No Triton, or no device for it, is no error."""
+    printed = run(ROOT / "examples" / "packed_kernels.py", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert printed.startswith("the kernels cannot run here: ") and printed.count("\n") == 1
+
+
+def test_every_example_is_small_and_listed():
+    listed = (ROOT / "examples" / "README.md").read_text()
+    for script in EXAMPLES:
+        assert f"| [{script.name}]({script.name}) |" in listed
+        assert len(script.read_text().splitlines()) < 60, script.name
