@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -12,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.errors import CsuloraError
+from csulora.errors import CsuloraError, ExistsError
 from csulora.files import peft_config
-from csulora.files.folders import check_apart, inside, whole_folder, writing
+from csulora.files.folders import check_apart, check_folder, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
 from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
 from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
-from csulora.files.safetensors import check_finite, read_safetensors, write_safetensors
+from csulora.files.safetensors import (
+    SAFETENSORS_DTYPES,
+    check_finite,
+    read_safetensors,
+    write_safetensors,
+)
 from csulora.report import Report
 from csulora.text import listed, span
 
@@ -112,11 +118,13 @@ class LoraAdapter:
         *,
         pass_through: bool = False,
         pin_memory: bool = False,
+        name: str | None = None,
     ) -> LoraAdapter:
         """Read a PEFT adapter folder (or hub id); each file is read once, tensors are views of it.
 
         pass_through: keep tensors that are not a LoRA update on a linear weight instead of refusing.
         pin_memory: read into page-locked memory, for a correction on a GPU.
+        name: what reports call the source, if not as its folder or hub id.
 
         Raises CsuloraError, naming file and tensor, for anything malformed: missing files, a pickle,
         another PEFT method, unpaired or ill-shaped factors, ranks that contradict the configuration,
@@ -131,7 +139,7 @@ class LoraAdapter:
         weights = _weights_file(path)
         tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
         config_digest = hashlib.sha256(config_data).hexdigest()
-        source = Source(path, _folder_name(folder), digest, config_digest)
+        source = Source(path, name or folder_name(folder), digest, config_digest)
         return cls._of(weights, tensors, config, pass_through, source)
 
     @classmethod
@@ -150,6 +158,7 @@ class LoraAdapter:
         Raises as `load`.
         """
         checked = peft_config.plain_config(config)
+        _check_tensors(tensors)
         check_finite("tensors", tensors)
         return cls._of("tensors", tensors, checked, pass_through, None)
 
@@ -195,7 +204,8 @@ class LoraAdapter:
         alphas = {name: module.alpha for name, module in self.modules.items()}
         for name in self.passed_through_ranks:
             alphas[name] = peft_config.module_alpha(self.config, name)
-        return peft_config.corrected_config(self.config, ranks | self.passed_through_ranks, alphas)
+        config = copy.deepcopy(self.config)
+        return peft_config.corrected_config(config, ranks | self.passed_through_ranks, alphas)
 
     def save(
         self,
@@ -209,13 +219,14 @@ class LoraAdapter:
         Every other file of the source folder is copied, except other adapter weights (a pickled copy,
         a nested adapter), which would be uncorrected, and links to folders; their names are returned.
         `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
-        the folder exists and `overwrite` is not set, and CsuloraError if it lies within the source
-        folder or around it.
+        the folder exists and `overwrite` is not set or it holds no adapter, and CsuloraError if it lies
+        within the source folder or around it.
         """
         target = Path(folder)
         if self.source is not None:
             check_apart(target, self.source.folder)
         values = report.to_dict() if isinstance(report, Report) else report
+        check_replaceable(target)
         with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
             copied, left_out = _other_files(self.source)
             for relative, path in copied.items():
@@ -227,17 +238,38 @@ class LoraAdapter:
         return left_out
 
 
-def identify(folder: str | os.PathLike[str]) -> Source:
-    """The digests of an adapter folder (or hub id) without loading it.
+def check_replaceable(folder: Path) -> None:
+    """Raise ExistsError for what is there and no output replaces: files, links, folders of other things.
+
+    A wrong path must not cost anybody a folder that has nothing to do with adapters.
+    """
+    check_folder(folder)
+    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    if names and not names & {WEIGHTS, peft_config.FILE, REPORT}:
+        raise ExistsError(f"{folder}: a folder that holds no adapter; remove it yourself")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CsuloraError for what an adapter file could not hold."""
+    for name, X in tensors.items():
+        if not isinstance(X, Tensor) or X.is_meta or X.layout != torch.strided:
+            raise CsuloraError(f"tensors: {name} is not a dense tensor in memory")
+        if X.dtype not in SAFETENSORS_DTYPES:
+            raise CsuloraError(f"tensors: {name} is {X.dtype}, which no adapter file holds")
+
+
+def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
+    """The digests of an adapter folder (or hub id) without loading it; `name` as in `LoraAdapter.load`.
 
     Raises CsuloraError where the folder or one of its two files is missing.
     """
     path = resolve_source(folder, HUB_PATTERNS)
     config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
-    return Source(path, _folder_name(folder), sha256_file(weights), sha256_file(config))
+    return Source(path, name or folder_name(folder), sha256_file(weights), sha256_file(config))
 
 
-def _folder_name(folder: str | os.PathLike[str]) -> str:
+def folder_name(folder: str | os.PathLike[str]) -> str:
+    """The last part of a path or a hub id."""
     return Path(os.path.abspath(folder)).name
 
 

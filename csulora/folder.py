@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from csulora.adapter import DTYPES, HUB_PATTERNS, REPORT, WEIGHTS, LoraAdapter, identify
+from csulora.adapter import (
+    DTYPES,
+    HUB_PATTERNS,
+    REPORT,
+    WEIGHTS,
+    LoraAdapter,
+    Source,
+    check_replaceable,
+    folder_name,
+    identify,
+)
 from csulora.correction import correct_batch
 from csulora.errors import ChangedError, CsuloraError, ExistsError, UsageError
-from csulora.files.folders import check_apart, make_folders, recover_folder, writing
+from csulora.files.folders import check_apart, make_folders, recover_folders, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
 from csulora.files.locks import locked
+from csulora.files.peft_config import FILE as CONFIG
 from csulora.outcome import Outcome
 from csulora.pipeline.backend import check_backend, pick_device
 from csulora.pipeline.finish import provenance
@@ -44,6 +56,8 @@ class Recipe:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.correction, Correction):
+            raise UsageError(f"correction must be a Correction, not {self.correction!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
         check_backend(self.backend, self.device)
@@ -52,10 +66,12 @@ class Recipe:
         """What, besides the source, determines a result, as its report states it."""
         return provenance(subspace, self.correction, self.dtype, self.portable)
 
-    def load(self, source: str | os.PathLike[str]) -> LoraAdapter:
+    def load(self, source: str | os.PathLike[str], *, name: str | None = None) -> LoraAdapter:
         """The adapter in memory, where the device can fetch it without waiting."""
         on_gpu = pick_device(self.device).type == "cuda"
-        return LoraAdapter.load(source, pass_through=self.pass_through, pin_memory=on_gpu)
+        return LoraAdapter.load(
+            source, pass_through=self.pass_through, pin_memory=on_gpu, name=name
+        )
 
     def correct(
         self, adapters: Sequence[LoraAdapter], subspace: SafetySubspace
@@ -98,28 +114,25 @@ def correct_folder(
         The rest as in `csulora.correct` and `LoraAdapter.load`.
 
     Returns an outcome with the whole report, of status "corrected" or, where the target was recognised,
-    "skipped". Raises CsuloraError where the adapter cannot be corrected; ExistsError, except with
-    "overwrite", for a target that is no output of csulora; UsageError for an unknown option.
+    "skipped". Raises CsuloraError where the adapter cannot be corrected; ExistsError for a target that
+    is a file, a link or a folder without an adapter and, except with "overwrite", for one that is no
+    output of csulora; UsageError for an unknown option.
     """
     check_existing(existing)
     recipe = Recipe(correction or Correction(), dtype, portable, pass_through, backend, device)
-    name, output = os.fspath(source), Path(target)
-    check_apart(output, resolve_source(source, HUB_PATTERNS))
-    made = recipe.provenance(subspace)
-    there = os.path.lexists(output)
-    found = _glance(name, output, made, recipe, existing)
+    wish = _Wish.of(source, target, recipe, subspace, existing)
+    found = wish.glance()
     if found is not None:
-        return _recognised(name, output, found)
-    with writing(output):
-        make_folders(output.parent)
-        with locked(output) as waited:
-            recover_folder(output)
-            # An output that came while this call was waiting is the result of the same wish.
-            joined = waited or (not there and os.path.lexists(output))
-            found = standing(name, output, made, recipe, existing, joined=joined)
-            if found is not None:
-                return _recognised(name, output, found)
-            return _made(name, output, subspace, recipe, existing)
+        return wish.recognised(found)
+    before = identity(wish.target)
+    with writing(wish.target):
+        make_folders(wish.target.parent)
+        with locked(wish.target):
+            recover_folders(wish.target.parent, {wish.target.name})
+            # An output that others made since this call began is the result of the same wish.
+            joined = identity(wish.target) != before
+            found = standing(wish.target, wish.made, recipe, existing, wish.identify, joined=joined)
+            return wish.make(subspace) if found is None else wish.recognised(found)
 
 
 def check_existing(existing: str) -> None:
@@ -128,47 +141,65 @@ def check_existing(existing: str) -> None:
         raise UsageError(f"existing must be one of {', '.join(EXISTING)}, not {existing!r}")
 
 
+def identity(target: Path) -> tuple[int, ...] | None:
+    """What changes whenever an output is made anew; None where nothing is there."""
+    try:
+        folder = os.lstat(target)
+    except OSError:
+        return None
+    try:
+        return folder.st_ino, os.lstat(target / REPORT).st_mtime_ns
+    except OSError:
+        return (folder.st_ino,)
+
+
 def standing(
-    source: str,
     target: Path,
     made: dict[str, Any],
     recipe: Recipe,
     existing: Existing,
+    identify_source: Callable[[], Source],
     *,
     joined: bool = False,
 ) -> Report | None:
     """The report of an output that is there and need not be made; None if it is to be made.
 
-    joined: somebody else made it for the same wish, so it counts whatever `existing` says.
+    identify_source: tells the source's digests, which costs a reading of it. joined: somebody else made
+    the output for the same wish, so it counts whatever `existing` says.
 
     Raises ExistsError or ChangedError where `existing` forbids to make it anew.
     """
-    if not os.path.lexists(target) or (existing == "overwrite" and not joined):
+    if not os.path.lexists(target):
         return None
     if existing == "refuse" and not joined:
         raise ExistsError(f"{target}: already exists")
-    try:
-        return recognise(source, target, made, recipe)
-    except ExistsError:
-        if existing == "overwrite":
-            return None
-        raise
-    except CsuloraError:
-        if existing in ("overwrite", "refresh"):
-            return None
-        raise
+    if existing != "overwrite" or joined:
+        try:
+            return recognise(target, made, recipe, identify_source)
+        except ExistsError:
+            if existing != "overwrite":
+                raise
+        except CsuloraError:
+            if existing not in ("overwrite", "refresh"):
+                raise
+    check_replaceable(target)
+    return None
 
 
-def recognise(source: str, target: Path, made: dict[str, Any], recipe: Recipe) -> Report:
+def recognise(
+    target: Path, made: dict[str, Any], recipe: Recipe, identify_source: Callable[[], Source]
+) -> Report:
     """The report of an output that is up to date.
 
     Raises ExistsError for what is no output of csulora, ChangedError for one of another source,
-    subspace or settings.
+    subspace or settings, or with files missing.
     """
     if not (target / WEIGHTS).exists() or not (target / REPORT).exists():
         raise ExistsError(f"{target}: not an output of csulora")
+    if not os.path.getsize(target / WEIGHTS) or not (target / CONFIG).exists():
+        raise ChangedError(f"{target}: has lost files or their content since it was made")
     content = read_json(target / REPORT)
-    wanted = {**made, "source": identify(source).to_dict()}
+    wanted = {**made, "source": identify_source().to_dict()}
     changed = [key for key in wanted if content.get(key) != wanted[key]]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
@@ -178,50 +209,82 @@ def recognise(source: str, target: Path, made: dict[str, Any], recipe: Recipe) -
     return report
 
 
-def _glance(
-    source: str, target: Path, made: dict[str, Any], recipe: Recipe, existing: Existing
-) -> Report | None:
-    """`standing` without the lock, so that an output in use, or of a folder that cannot be written, is
-    recognised as well; whoever is replacing it this very moment may make it seem to be something else."""
-    try:
-        return standing(source, target, made, recipe, existing)
-    except ExistsError:
-        if existing == "refuse":
-            raise
+@dataclass(frozen=True)
+class _Wish:
+    """One call of `correct_folder`, its paths resolved once: what they name may change meanwhile."""
+
+    given: str  # the source as the caller calls it
+    path: Path  # of the source
+    name: str
+    target: Path
+    recipe: Recipe
+    made: dict[str, Any]
+    existing: Existing
+
+    @classmethod
+    def of(
+        cls,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        recipe: Recipe,
+        subspace: SafetySubspace,
+        existing: Existing,
+    ) -> _Wish:
+        given, output = os.fspath(source), os.fspath(target)
+        if "\0" in output or Path(output).name in ("", ".."):
+            raise UsageError(f"{output!r}: cannot be the name of an output folder")
+        absolute, path = Path(output).absolute(), resolve_source(given, HUB_PATTERNS).absolute()
+        check_apart(absolute, path)
+        made = recipe.provenance(subspace)
+        return cls(given, path, folder_name(given), absolute, recipe, made, existing)
+
+    @cached_property
+    def source(self) -> Source:
+        return identify(self.path, name=self.name)
+
+    def identify(self) -> Source:
+        return self.source
+
+    def glance(self) -> Report | None:
+        """`standing` without the lock, so that an output in use, or of a folder that cannot be written,
+        is recognised as well; whoever replaces it this very moment may make it seem something else."""
+        try:
+            return standing(self.target, self.made, self.recipe, self.existing, self.identify)
+        except ExistsError:
+            if self.existing == "refuse":
+                raise
+        except (CsuloraError, OSError):
+            pass
         return None
-    except (CsuloraError, OSError):
-        return None
 
+    def make(self, subspace: SafetySubspace) -> Outcome:
+        start = time.perf_counter()
+        # Only what was looked at may be replaced, not what appears in the meantime.
+        replaces = self.existing == "overwrite" or os.path.lexists(self.target)
+        adapter = self.recipe.load(self.path, name=self.name)
+        (result,) = self.recipe.correct([adapter], subspace)
+        if isinstance(result, CsuloraError):
+            raise result
+        corrected, report = result
+        left_out = corrected.save(self.target, overwrite=replaces, report=report)
+        return Outcome(
+            self.given,
+            self.target,
+            "corrected",
+            report=replace(report, left_out=left_out),
+            left_out=tuple(left_out),
+            totals=report.totals,
+            seconds=time.perf_counter() - start,
+            bytes_in=adapter.nbytes,
+            bytes_out=os.path.getsize(self.target / WEIGHTS),
+        )
 
-def _made(
-    source: str, target: Path, subspace: SafetySubspace, recipe: Recipe, existing: Existing
-) -> Outcome:
-    start = time.perf_counter()
-    adapter = recipe.load(source)
-    (result,) = recipe.correct([adapter], subspace)
-    if isinstance(result, CsuloraError):
-        raise result
-    corrected, report = result
-    left_out = corrected.save(target, overwrite=existing != "refuse", report=report)
-    return Outcome(
-        source,
-        target,
-        "corrected",
-        report=replace(report, left_out=left_out),
-        left_out=tuple(left_out),
-        totals=report.totals,
-        seconds=time.perf_counter() - start,
-        bytes_in=adapter.nbytes,
-        bytes_out=os.path.getsize(target / WEIGHTS),
-    )
-
-
-def _recognised(source: str, target: Path, report: Report) -> Outcome:
-    return Outcome(
-        source,
-        target,
-        "skipped",
-        report=report,
-        left_out=tuple(report.left_out),
-        totals=report.totals,
-    )
+    def recognised(self, report: Report) -> Outcome:
+        return Outcome(
+            self.given,
+            self.target,
+            "skipped",
+            report=report,
+            left_out=tuple(report.left_out),
+            totals=report.totals,
+        )

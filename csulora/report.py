@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from csulora.errors import CsuloraError
 from csulora.method.stages import Figures
+from csulora.settings import Correction
 
 FORMAT = "csulora_report/1"
+_DICTS, _LISTS = ("settings", "subspace", "source"), ("passed_through", "warnings", "left_out")
 BLOCKS = ("aligned", "partial_left", "partial_right", "off")
 RANK_ERROR_WARNING = 0.10
 
 
+class _Energies:
+    """What the figures of a module and those of all have in common."""
+
+    relative_energy_before: dict[str, float]
+    relative_energy_after: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        before, after = dict(self.relative_energy_before), dict(self.relative_energy_after)
+        # dataclasses.asdict copies every value one by one, which is slow for a batch.
+        return {**vars(self), "relative_energy_before": before, "relative_energy_after": after}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises TypeError for other names, and for values that are no numbers."""
+        entry = cls(**_checked(dict, values, cls.__name__))
+        for name, value in vars(entry).items():
+            numbers = [value]
+            if name.startswith("relative_energy"):
+                numbers = list(_checked(dict, value, name).values())
+                if value.keys() != set(BLOCKS):
+                    raise TypeError(f"{name} is {value!r}")
+            if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
+                raise TypeError(f"{name} is {value!r}")
+        return entry
+
+
 @dataclass(frozen=True)
-class ModuleReport:
+class ModuleReport(_Energies):
     """Energies of one module's update. Relative energies are shares of the energy before.
 
     energy_before, energy_after: ||dW||_F^2 and ||dW*||_F^2, scaling included (weight units squared).
@@ -36,7 +65,7 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
-class Totals:
+class Totals(_Energies):
     """The same over all modules, each module weighted by its energy (rank_error: by that after)."""
 
     modules: int
@@ -63,14 +92,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `csulora_report.json`; strictly valid JSON values."""
-        # dataclasses.asdict copies every value of every module, which is slow for a batch.
-        modules = {name: dict(vars(module)) for name, module in self.modules.items()}
-        return {
-            "format": FORMAT,
-            **vars(self),
-            "modules": modules,
-            "totals": dict(vars(self.totals)),
-        }
+        plain = {name: copy.copy(value) for name, value in vars(self).items()}
+        modules = {name: module.to_dict() for name, module in self.modules.items()}
+        return {"format": FORMAT, **plain, "modules": modules, "totals": self.totals.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -78,15 +102,33 @@ class Report:
 
         Raises CsuloraError for anything else.
         """
-        given = dict(values)
+        given = dict(values) if isinstance(values, Mapping) else {}
         found = given.pop("format", None)
         if found != FORMAT:
             raise CsuloraError(f"not a report: format is {found!r}, expected {FORMAT!r}")
         try:
-            modules = {name: ModuleReport(**entry) for name, entry in given["modules"].items()}
-            return cls(**{**given, "modules": modules, "totals": Totals(**given["totals"])})
+            modules = {name: ModuleReport.from_dict(e) for name, e in given["modules"].items()}
+            totals = Totals.from_dict(given["totals"])
+            report = cls(**{**given, "modules": modules, "totals": totals})
+            for kind, names in ((dict, _DICTS), (list, _LISTS)):
+                for name in names:
+                    object.__setattr__(report, name, _checked(kind, getattr(report, name), name))
         except (AttributeError, KeyError, TypeError) as error:
             raise CsuloraError(f"not a report of this version: {error}") from None
+        return report
+
+    @property
+    def correction(self) -> Correction:
+        """The strengths and choices it was made with; raises UsageError where it states others."""
+        stated = {k: v for k, v in self.settings.items() if k not in ("dtype", "portable")}
+        return Correction.from_dict(stated)
+
+
+def _checked(kind: type, value: Any, name: str) -> Any:
+    """A copy of a value of that kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}")
+    return kind(value)
 
 
 def module_reports(

@@ -46,7 +46,9 @@ class Correction:
                 raise UsageError(
                     f"{name} must be at least 0 (inf is the hard limit), not {value!r}"
                 )
-            object.__setattr__(self, name, value)
+            object.__setattr__(
+                self, name, value + 0.0
+            )  # no -0.0, which equals 0.0 but reads otherwise
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("form", self.form, FORMS)
 
@@ -74,8 +76,10 @@ class Correction:
 
         Raises UsageError for a name that is no field, and as the constructor does.
         """
+        if not isinstance(values, Mapping):
+            raise UsageError(f"settings must be a mapping, not {values!r}")
         names = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(names))
+        unknown = sorted(map(str, set(values) - set(names)))
         if unknown:
             raise UsageError(f"{unknown[0]!r} is no setting; there are {', '.join(names)}")
         given: dict[str, Any] = {k: math.inf if v == "inf" else v for k, v in values.items()}

@@ -13,14 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csulora.adapter import REPORT, WEIGHTS, LoraAdapter
+from csulora.adapter import REPORT, WEIGHTS, LoraAdapter, identify
 from csulora.batch.call import Done, Run
 from csulora.batch.sources import Item
 from csulora.errors import ChangedError, CsuloraError, DiskFullError, ExistsError, UsageError
 from csulora.files.folders import make_folders, recover_folders, writing
 from csulora.files.locks import locked
 from csulora.files.peft_config import FILE as CONFIG
-from csulora.folder import standing
+from csulora.folder import identity, standing
 from csulora.outcome import Kind, Outcome, Status
 from csulora.report import Report, Totals
 from csulora.subspace import SafetySubspace
@@ -52,6 +52,7 @@ class Loaded(NamedTuple):
     job: Job
     adapter: LoraAdapter
     state: State
+    before: tuple[int, ...] | None  # identity of the output that is to be replaced
     seconds: float
 
 
@@ -77,8 +78,8 @@ def decide(run: Run, entry: Entry, job: Job) -> Done | None:
     if known["files"] != _state(job.item.source, target):
         return None
     try:
-        total = Totals(**known["totals"])
-    except (KeyError, TypeError):
+        total = Totals.from_dict(known["totals"])
+    except (AttributeError, KeyError, TypeError):
         return None
     return Done(job.number, Outcome(job.item.source, target, "skipped", totals=total), line=None)
 
@@ -90,16 +91,13 @@ def read(run: Run, job: Job) -> Loaded | Done:
     try:
         if job.item.local and not os.path.lexists(source):
             raise CsuloraError(f"{source}: no such folder any more")
-        state = _settled(_state(source, target))
-        recipe, existing = run.call.recipe, run.call.existing
-        report = standing(source, target, run.made, recipe, existing, joined=job.again)
-        if report is not None:
-            status: Status = "corrected" if job.again else "skipped"
-            outcome = Outcome(source, target, status, totals=report.totals)
-            line = _line(job, run.digest, report.source, report.totals, state)
-            return Done(job.number, outcome, line)
+        before = identity(target)
+        done = _recognised(run, job, joined=job.again)
+        if done is not None:
+            return done
         state = _settled(_state(source))
-        return Loaded(job, recipe.load(source), state, time.perf_counter() - start)
+        adapter = run.call.recipe.load(source)
+        return Loaded(job, adapter, state, before, time.perf_counter() - start)
     except Exception as error:
         return _failure(run, job, "source", error)
 
@@ -130,10 +128,15 @@ def write(run: Run, ready: Ready) -> Done:
     job = loaded.job
     target = run.call.out_dir / job.item.target
     try:
-        replaces = run.call.existing in ("overwrite", "refresh")
         with writing(target):
             make_folders(target.parent)
-            with locked(target):  # against `csulora.correct_folder` at work on the same folder
+            with locked(target):
+                # `csulora.correct_folder`, in another process, may have been at work on it as well.
+                if identity(target) != loaded.before:
+                    done = _recognised(run, job, joined=True)
+                    if done is not None:
+                        return done
+                replaces = run.call.existing == "overwrite" or os.path.lexists(target)
                 left_out = ready.adapter.save(target, overwrite=replaces, report=report)
                 written = _looks(target, WEIGHTS, REPORT)
     except Exception as error:
@@ -165,6 +168,21 @@ def weights_size(job: Job) -> int:
         return os.stat(os.path.join(job.item.source, WEIGHTS)).st_size
     except OSError:
         return 0
+
+
+def _recognised(run: Run, job: Job, *, joined: bool) -> Done | None:
+    """The end of an adapter whose output is there and as it should be; raises as `standing`."""
+    source, target = job.item.source, run.call.out_dir / job.item.target
+    state = _settled(_state(source, target))
+    call = run.call
+    report = standing(
+        target, run.made, call.recipe, call.existing, lambda: identify(source), joined=joined
+    )
+    if report is None:
+        return None
+    status: Status = "corrected" if job.again else "skipped"
+    outcome = Outcome(source, target, status, totals=report.totals)
+    return Done(job.number, outcome, _line(job, run.digest, report.source, report.totals, state))
 
 
 def _failure(run: Run, job: Job, kind: Kind, error: Exception) -> Done:

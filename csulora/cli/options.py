@@ -263,7 +263,7 @@ def _add_running(group: Group) -> None:
     )
     group.add_argument(
         "--batch-bytes",
-        type=_bytes,
+        type=_size,
         default="1G",
         metavar="SIZE",
         help="memory for adapters that are read and not yet written, as 512M or 4G (default: 1G)",
@@ -288,7 +288,7 @@ def _add_subspace(parser: Any) -> None:
     )
 
 
-def _bytes(text: str) -> int:
+def _size(text: str) -> int:
     factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(text[-1:].upper())
     number = float(text if factor is None else text[:-1])
     if not 1 <= number * (factor or 1) < 1 << 63:

@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from csulora.errors import CsuloraError, DiskFullError, ExistsError
-from csulora.files.locks import locked
+from csulora.files.locks import hold, open_locked
 
+_LOCK = "lock"
 # What a killed run leaves beside a folder: its temporary folder, its lock.
-_LEFT_BEHIND = re.compile(r"\.(.+)\.(?:tmp-[a-z0-9_]{8}|lock)", re.DOTALL)
+_LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -38,17 +39,17 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that is renamed onto it on success and removed on failure.
 
-    With `overwrite` an existing folder is replaced, otherwise it is an error. What a killed run left
-    behind is for `recover_folders`.
+    With `overwrite` an existing folder is replaced, otherwise it is an error; a file or a link is never
+    replaced. What a killed run left behind is for `recover_folders`. Raises ExistsError.
     """
     make_folders(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    try:
+    with _temporary(path) as temporary:
         inner = temporary / "new"
         inner.mkdir()
         yield inner
         for folder in [inner, *(p for p in inner.rglob("*") if p.is_dir())]:
             _sync_folder(folder)
+        check_folder(path)
         if path.exists():
             if not overwrite:
                 raise ExistsError(f"{path}: already exists")
@@ -60,8 +61,34 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 os.rename(temporary / "old", path)
             raise
         _sync_folder(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ExistsError for what is there and no folder: no output replaces it."""
+    if path.is_symlink():
+        raise ExistsError(f"{path}: is a link; outputs replace no links, remove it")
+    if path.exists() and not path.is_dir():
+        raise ExistsError(f"{path}: exists and is not a folder")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside `path` with a lock in it, which tells a live one from what a kill left behind."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.csulora-", dir=path.parent))
+        try:
+            file = open_locked(temporary / _LOCK)
+            break
+        except FileNotFoundError:
+            continue  # somebody took it for a leftover in the moment before it was locked
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -87,30 +114,45 @@ def make_folders(path: Path) -> None:
 def recover_folders(parent: Path, names: Collection[str]) -> None:
     """Undo what killed runs left beside the folders `names` of `parent`; live ones are waited for.
 
-    One pass over `parent`, so call it once for many names.
+    Half-written folders are removed; a folder that was set aside to be replaced comes back. One pass
+    over `parent`, so call it once for many names. What cannot be undone stays, and fails its own folder.
     """
     if not parent.is_dir():
         return
-    left = (_LEFT_BEHIND.fullmatch(entry.name) for entry in list(os.scandir(parent)))
-    for name in dict.fromkeys(match[1] for match in left if match is not None):
-        if name in names:
-            with locked(parent / name):
-                recover_folder(parent / name)
-
-
-def recover_folder(path: Path) -> None:
-    """`recover_folders` for one folder whose lock is held.
-
-    Half-written folders are removed; a folder that was set aside to be replaced comes back.
-    """
-    for entry in list(os.scandir(path.parent)):
+    for entry in list(os.scandir(parent)):
         found = _LEFT_BEHIND.fullmatch(entry.name)
-        if found is None or found[1] != path.name or not entry.is_dir(follow_symlinks=False):
+        if found is None or found[1] not in names:
             continue
-        old = Path(entry.path) / "old"
-        if old.exists() and not path.exists():
+        with contextlib.suppress(OSError):
+            if found[2] == _LOCK:
+                _recover_lock(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False):
+                _recover_folder(Path(entry.path), parent / found[1])
+
+
+def _recover_lock(lock: Path) -> None:
+    if lock.is_file() and not lock.stat().st_size:
+        file = open_locked(lock)  # BlockingIOError: in use
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _recover_folder(temporary: Path, path: Path) -> None:
+    """What `whole_folder` made for `path`, and nothing else that is named alike."""
+    present = set(os.listdir(temporary))
+    if not present:
+        temporary.rmdir()
+    if _LOCK not in present or not present <= {_LOCK, "new", "old"}:
+        return
+    file = os.open(temporary / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        hold(file)
+        old = temporary / "old"
+        if old.exists() and not os.path.lexists(path):
             os.rename(old, path)  # killed between the two renames of whole_folder
-        shutil.rmtree(entry.path, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        os.close(file)
 
 
 def check_apart(target: Path, source: Path) -> None:

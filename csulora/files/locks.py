@@ -9,20 +9,16 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of an output, a hidden file beside it; waits for whoever holds it.
 
-    Yields whether it had to wait. The file is gone afterwards; after a kill it is left behind, where it
-    locks nothing. Raises OSError where it cannot be made.
+    The file is gone afterwards; after a kill it is left behind, where it locks nothing. Raises OSError
+    where it cannot be made.
     """
-    lock = path.parent / f".{path.name}.lock"
-    waited = False
+    lock = path.parent / f".{path.name}.csulora-lock"
+    file = open_locked(lock, wait=True)
     try:
-        file = open_locked(lock)
-    except BlockingIOError:
-        file, waited = open_locked(lock, wait=True), True
-    try:
-        yield waited
+        yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(file)
@@ -30,16 +26,22 @@ def locked(path: Path) -> Iterator[bool]:
 
 def open_locked(path: Path, *, wait: bool = False) -> int:
     """A file, made if it is missing, open and locked. Raises BlockingIOError if it is held."""
-    import fcntl  # not everywhere; imported only when something is written
-
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever held it may have removed the file between the two calls.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except OSError:
+            hold(file, wait=wait)
+            # Whoever held it may have removed the file meanwhile, and others may have made a new one.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False)):
+                    return file
+        except BaseException:
             os.close(file)
             raise
         os.close(file)
+
+
+def hold(file: int, *, wait: bool = True) -> None:
+    """Lock an open file until it is closed."""
+    import fcntl  # not everywhere; imported only when something is written
+
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -45,8 +45,13 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises CsuloraError for values that JSON cannot hold, and as `check_config`.
     """
+    if not isinstance(config, Mapping):
+        raise CsuloraError(
+            f"{IN_MEMORY}: a mapping is needed, such as PEFT's LoraConfig.to_dict() returns, not a "
+            f"{type(config).__name__}"
+        )
     try:
-        text = json.dumps(config, default=_as_list)
+        text = json.dumps(dict(config), default=_as_list)
     except (TypeError, ValueError, RecursionError) as error:
         raise CsuloraError(f"{IN_MEMORY}: {error}") from None
     return parse_config(Path(IN_MEMORY), text.encode())

@@ -47,7 +47,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def copy_file(source: Path, destination: Path) -> None:
     """Copy a file's contents (not its links or owner) and fsync the copy."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as reader, open(destination, "wb") as writer:
+    try:
+        reader = open(source, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise CsuloraError(f"{source}: cannot be read ({error.strerror or error})") from None
+    with reader, open(destination, "wb") as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
         sync(writer)
 

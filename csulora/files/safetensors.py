@@ -235,7 +235,7 @@ def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()  # the 8-bit types have no comparisons
     # Both ends are NaN if any element is, and one is infinite if any element is.
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(tensor.detach())
     return math.isfinite(low) and math.isfinite(high)
 
 

@@ -38,7 +38,8 @@ class Parts(NamedTuple):
 
 def split(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> Parts:
     """Parts of B (d_out, r) and A (r, d_in) of any type, in a gauge that evens out their columns."""
-    B, A, U, V = B.double(), A.double(), U.double(), V.double()
+    B, A = B.double(), A.double()
+    U, V = U.to(B), V.to(B)  # the factors may lie on another device
     t = even_gauge(B.square().sum(0), A.square().sum(1))
     B, A = B * t, A / t[:, None]
     B_in, A_in = U @ (U.mT @ B), (A @ V) @ V.mT
