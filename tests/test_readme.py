@@ -13,6 +13,17 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
+ROOT = builders.HERE.parent
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        assert "://" in link or (page.parent / link).exists(), link
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A current folder in which the README's paths lead to the package, and results do not."""
@@ -33,8 +44,13 @@ def test_the_first_screen(checkout, capsys):
     builders.effective(builders.Path("corrected/adapter"))
 
 
-def test_the_first_python_example(checkout, capsys):
-    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+def test_the_python_examples(checkout, capsys):
+    names = {}
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
     shares, change = capsys.readouterr().out.splitlines()
     assert "'aligned': 0.10" in shares and 0 < float(change) < 1
     builders.effective(builders.Path("corrected/by-hand"))
+    builders.Path("my-adapter").symlink_to("csulora/demo/assets/adapter")
+    for status in ("corrected", "skipped"):
+        exec(compile(blocks("python")[1], "README.md", "exec"), names)
+        assert capsys.readouterr().out == f"{status}\n"

@@ -33,12 +33,14 @@ def test_a_correction_survives_json(four, granularity, form):
 
 def test_settings_from_elsewhere():
     assert Correction.from_dict({}) == Correction()
+    assert str(Correction(lambda_off=-0.0).lambda_off) == "0.0"
     assert Correction.from_dict({"lambda_off": "inf"}).lambda_off == math.inf
     for wrong, word in (
         ({"lambda_of": 1}, "'lambda_of' is no setting"),
         ({"lambda_off": "1"}, "lambda_off must be a number"),
         ({"form": "exactly"}, "form must be one of exact, same"),
         ({"rank": "same"}, "'rank' is no setting"),
+        ({1: 2}, "'1' is no setting"),
     ):
         with pytest.raises(UsageError, match=word):
             Correction.from_dict(wrong)
@@ -60,9 +62,32 @@ def test_a_report_survives_json_and_the_disk(corrected, out):
     assert builders.tree(out.parent / "again") == builders.tree(out)
 
 
+def test_a_report_knows_the_correction_it_was_made_with(corrected):
+    assert corrected[1].correction == Correction(lambda_off=math.inf)
+    values = corrected[1].to_dict()
+    values["settings"]["lambda_off"] = 99
+    values["totals"]["relative_energy_before"]["off"] = 99
+    again = Report.from_dict(corrected[1].to_dict())
+    assert again == corrected[1] and again.settings is not corrected[1].settings
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}])
+def test_what_is_no_mapping_is_refused(value):
+    with pytest.raises(CsuloraError, match="not a report"):
+        Report.from_dict(value)
+    if value != {}:
+        with pytest.raises(UsageError, match="must be a mapping"):
+            Correction.from_dict(value)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda values: values.update(left_out=None),
+        lambda values: values.update(settings=3),
+        lambda values: values.update(warnings="abc"),
+        lambda values: values["totals"].update(relative_energy_before={}),
+        lambda values: values["totals"].update(energy_before="many"),
         lambda values: values.update(format="csulora_report/0"),
         lambda values: values.pop("totals"),
         lambda values: values["totals"].pop("energy_before"),
@@ -99,6 +124,8 @@ def test_the_configuration_of_a_corrected_adapter_tells_its_ranks(corrected):
     assert {module.rank for module in new.modules.values()} == {8}
     assert (new.config["r"], new.config["lora_alpha"]) == (8, 16)
     assert new.written_config() == new.config
+    new.written_config()["target_modules"].append("x")
+    assert "x" not in new.config["target_modules"]
     # An adapter put together by hand may hold another one, but never writes it.
     other = LoraAdapter(new.modules, {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
     assert other.written_config() == {**other.config, "r": 8, "lora_alpha": 16} | {
@@ -153,6 +180,10 @@ def test_a_peft_model_in_memory(subspace):
         (None, {"peft_type": "IA3"}, "only LORA adapters"),
         (None, {"task_type": object()}, "is not a value of a configuration file"),
         (None, {"lora_alpha": math.nan}, "not a finite number"),
+        ({"x": torch.ones(2, device="meta")}, {}, "x is not a dense tensor"),
+        ({"x": torch.eye(2).to_sparse()}, {}, "x is not a dense tensor"),
+        ({"x": torch.ones(2, dtype=torch.complex64)}, {}, "x is torch.complex64"),
+        ({"x": [1.0]}, {}, "x is not a dense tensor"),
     ],
 )
 def test_tensors_that_are_no_adapter(adapter, tensors, config, word):

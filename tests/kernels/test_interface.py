@@ -44,8 +44,8 @@ def test_ranks_above_the_limit_are_refused_by_name():
 
 
 def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
-    """As in a process without the interpreter (tests/test_backend.py starts one): the kernel is such
-    as `triton.jit` makes it there."""
+    """As in a process without the interpreter, which tests/pipeline/test_backend.py starts: the kernel is
+    such as `triton.jit` makes it there."""
     jit = pytest.importorskip("triton.runtime.jit")
     from csulora_kernels import _solve
 
