@@ -22,9 +22,9 @@ def test_resume_reads_nothing_that_is_finished(capsys, batch, monkeypatch):
     source, common, out = batch
     assert run_correct(capsys, source, *common).code == 0
     before = builders.tree(out)
-    monkeypatch.setattr(steps, "read", never)
-    for name in ("identify", "read_json"):
-        monkeypatch.setattr(folder, name, never)
+    for name in ("read", "identify"):
+        monkeypatch.setattr(steps, name, never)
+    monkeypatch.setattr(folder, "read_json", never)
     result = run_correct(capsys, source, *common, "--resume", "--json")
     assert result.code == 0
     assert set(outcomes(result).values()) == {("skipped", None)}
@@ -138,7 +138,7 @@ def test_a_file_that_changed_a_moment_ago_is_looked_at_again(capsys, batch, monk
     source, common, out = batch
     assert run_correct(capsys, source, *common).code == 0
     assert all(line["files"] is None for line in journal_lines(out)[1:])
-    monkeypatch.setattr(folder, "identify", never)
+    monkeypatch.setattr(steps, "identify", never)
     assert run_correct(capsys, source, *common, "--resume").code == 1
 
 

@@ -125,6 +125,6 @@ def test_batch_bytes_that_are_none(many, capsys, size):
 
 
 def test_sizes():
-    from csulora.cli.options import _bytes
+    from csulora.cli.options import _size
 
-    assert [_bytes(text) for text in ("7", "2K", "512M", "1.5g")] == [7, 2048, 1 << 29, 3 << 29]
+    assert [_size(text) for text in ("7", "2K", "512M", "1.5g")] == [7, 2048, 1 << 29, 3 << 29]
