@@ -56,7 +56,7 @@ COMMANDS = (  # one after the other into one folder
     "{} --rank same --portable --dtype float16",
     "{} --rank same --portable --dtype float16 --resume",
     "{} --rank same --portable --resume",
-    "{} --pass-through --dtype bfloat16 --lambda-partial 5 --subspace-rank 2 --overwrite",
+    "{} --pass-through --dtype bfloat16 --lambda-aligned 1e4 --subspace-rank 2 --overwrite",
     "{}/mixed --lambda-off inf --backend triton --overwrite",
 )
 
@@ -205,11 +205,11 @@ def on_disk(cases: Cases, adapters: dict[str, LoraAdapter], ray: bool) -> None:
             cases.outcome(name, one.adapter, one.status, one.kind, one.error)
         cases.files(name, out)
     for line in COMMANDS:
-        options = ("--subspace", file, "--jobs", 1, "--out-dir", place / "command")
-        found = cases.command(line, "correct", *options, *line.format(tree).split())
-        for one in found["adapters"]:
-            cases.outcome(line, *map(one.get, ("adapter", "status", "kind", "error")))
-        cases.files(line, place / "command")
+        name, out = line.format("command"), place / "command"
+        options = ("--subspace", file, "--jobs", 1, "--out-dir", out, *line.format(tree).split())
+        for one in cases.command(name, "correct", *options)["adapters"]:
+            cases.outcome(name, *map(one.get, ("adapter", "status", "kind", "error")))
+        cases.files(name, out)
     for name in ("plain", "both", "turned", "deficient"):
         options = ("--subspace", file, "--lambda-aligned", 2)
         found = cases.command(f"inspect/{name}", "inspect", tree / name, *options)
