@@ -73,8 +73,7 @@ def correct_batch(
     Raises UsageError for an unknown option.
     """
     correction = correction or Correction()
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    check_dtype(dtype)
     chosen = pick_device(device)
     solve = pick_solver(backend, chosen)
     plans = [_planned(adapter, subspace, correction, dtype, portable) for adapter in adapters]
@@ -110,6 +109,12 @@ def sweep(
     # Projections do not depend on the strengths.
     stacks = by_torch.project_members(plans[0].members, pick_device(device)) if plans else []
     return [report_of(plan, by_torch.solve_stacks(plan, stacks)) for plan in plans]
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise UsageError for a type that new factors cannot have."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
 
 
 def _planned(

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from csulora.adapter import (
-    DTYPES,
     HUB_PATTERNS,
     REPORT,
     WEIGHTS,
@@ -23,7 +22,7 @@ from csulora.adapter import (
     folder_name,
     identify,
 )
-from csulora.correction import correct_batch
+from csulora.correction import check_dtype, correct_batch
 from csulora.errors import ChangedError, CsuloraError, ExistsError, UsageError
 from csulora.files.folders import check_apart, make_folders, recover_folders, writing
 from csulora.files.hub import resolve_source
@@ -58,8 +57,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.correction, Correction):
             raise UsageError(f"correction must be a Correction, not {self.correction!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
+        check_dtype(self.dtype)
         check_backend(self.backend, self.device)
 
     def provenance(self, subspace: SafetySubspace) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def correct_folder(
             recover_folders(wish.target.parent, {wish.target.name})
             # An output that others made since this call began is the result of the same wish.
             joined = identity(wish.target) != before
-            found = standing(wish.target, wish.made, recipe, existing, wish.identify, joined=joined)
+            found = wish.standing(joined=joined)
             return wish.make(subspace) if found is None else wish.recognised(found)
 
 
@@ -240,16 +238,20 @@ class _Wish:
 
     @cached_property
     def source(self) -> Source:
+        """Read when it is first asked for, and once."""
         return identify(self.path, name=self.name)
 
-    def identify(self) -> Source:
-        return self.source
+    def standing(self, *, joined: bool = False) -> Report | None:
+        """`standing` of the target."""
+        return standing(
+            self.target, self.made, self.recipe, self.existing, lambda: self.source, joined=joined
+        )
 
     def glance(self) -> Report | None:
         """`standing` without the lock, so that an output in use, or of a folder that cannot be written,
         is recognised as well; whoever replaces it this very moment may make it seem something else."""
         try:
-            return standing(self.target, self.made, self.recipe, self.existing, self.identify)
+            return self.standing()
         except ExistsError:
             if self.existing == "refuse":
                 raise

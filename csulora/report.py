@@ -109,13 +109,11 @@ class Report:
         try:
             modules = {name: ModuleReport.from_dict(e) for name, e in given["modules"].items()}
             totals = Totals.from_dict(given["totals"])
-            report = cls(**{**given, "modules": modules, "totals": totals})
             for kind, names in ((dict, _DICTS), (list, _LISTS)):
-                for name in names:
-                    object.__setattr__(report, name, _checked(kind, getattr(report, name), name))
+                given |= {n: _checked(kind, given[n], n) for n in names if n in given}
+            return cls(**{**given, "modules": modules, "totals": totals})
         except (AttributeError, KeyError, TypeError) as error:
             raise CsuloraError(f"not a report of this version: {error}") from None
-        return report
 
     @property
     def correction(self) -> Correction:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from csulora import LoraAdapter, ModuleSubspace, Origin, SafetySubspace
 from csulora.cli import main
 
 HERE = Path(__file__).parent
@@ -182,6 +183,20 @@ def write_subspace(path: Path, tensors: dict[str, Tensor] | None = None, **chang
     }
     save_file(tensors, path, metadata | changes)
     return path
+
+
+def random_subspace(adapter: LoraAdapter, rank: int = 4) -> SafetySubspace:
+    """In memory, of the modules of an adapter, from torch's own generator."""
+    modules = {
+        name: ModuleSubspace(
+            torch.linalg.qr(torch.randn(module.B.shape[0], rank))[0],
+            torch.ones(rank),
+            torch.linalg.qr(torch.randn(module.A.shape[1], rank))[0],
+            0.5,
+        )
+        for name, module in adapter.modules.items()
+    }
+    return SafetySubspace(modules, Origin("base", "aligned", "", "", 0))
 
 
 def effective(folder: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """PEFT is the judge: it loads the corrected folder, and the merged weights are base + dense oracle."""
 
+import builders
 import oracle
 import pytest
 import torch
@@ -9,13 +10,11 @@ from csulora import (
     Correction,
     CsuloraError,
     LoraAdapter,
-    ModuleSubspace,
     SafetySubspace,
     correct,
     estimate,
 )
 from csulora.settings import FORMS
-from csulora.subspace import Origin
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -282,16 +281,7 @@ def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, param
     model.save_pretrained(tmp_path / "adapter")
     adapter = LoraAdapter.load(tmp_path / "adapter", pass_through=True)
     assert adapter.passed_through and len(adapter.modules) == 2
-    bases = {
-        name: ModuleSubspace(
-            torch.linalg.qr(torch.randn(m.B.shape[0], 4))[0],
-            torch.ones(4),
-            torch.linalg.qr(torch.randn(m.A.shape[1], 4))[0],
-            0.5,
-        )
-        for name, m in adapter.modules.items()
-    }
-    subspace = SafetySubspace(bases, Origin("base", "aligned", "", "", 0))
+    subspace = builders.random_subspace(adapter)
     new, _ = correct(adapter, subspace, Correction(form=form))
     new.save(tmp_path / "corrected")
     fresh = transformers.MixtralForCausalLM(config)

@@ -153,16 +153,7 @@ def test_a_peft_model_in_memory(subspace):
         peft.get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
     )
     assert adapter.config["target_modules"] == sorted(names)  # PEFT holds a set
-    bases = {
-        name: csulora.ModuleSubspace(
-            torch.linalg.qr(torch.randn(m.B.shape[0], 4))[0],
-            torch.ones(4),
-            torch.linalg.qr(torch.randn(m.A.shape[1], 4))[0],
-            0.5,
-        )
-        for name, m in adapter.modules.items()
-    }
-    loaded = csulora.SafetySubspace(bases, csulora.Origin("base", "aligned", "", "", 0))
+    loaded = builders.random_subspace(adapter)
     new, _ = csulora.correct(adapter, loaded, Correction(form="same"))
     peft.set_peft_model_state_dict(model, new.tensors())
     merged = model.merge_and_unload().state_dict()

@@ -118,7 +118,7 @@ class LocalEngine:
             self._end(held, loaded)
             return True
         if not held:  # a hub id, whose size shows only now
-            held = HELD * loaded.adapter.nbytes
+            held = HELD * loaded.size
             self._budget.add(held)
         self._loaded.put((held, loaded))
         return True
@@ -145,7 +145,7 @@ class LocalEngine:
         group: list[tuple[int, Loaded]] = []
         while entry is not None:
             group.append(entry)
-            if sum(loaded.adapter.nbytes for _, loaded in group) >= self._group_bytes:
+            if sum(loaded.size for _, loaded in group) >= self._group_bytes:
                 return group
             try:
                 entry = self._loaded.get_nowait()

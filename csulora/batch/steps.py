@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Loaded(NamedTuple):
     adapter: LoraAdapter
     state: State
     before: tuple[int, ...] | None  # identity of the output that is to be replaced
+    size: int  # bytes of its tensors
     seconds: float
 
 
@@ -97,7 +98,7 @@ def read(run: Run, job: Job) -> Loaded | Done:
             return done
         state = _settled(_state(source))
         adapter = run.call.recipe.load(source)
-        return Loaded(job, adapter, state, before, time.perf_counter() - start)
+        return Loaded(job, adapter, state, before, adapter.nbytes, time.perf_counter() - start)
     except Exception as error:
         return _failure(run, job, "source", error)
 
@@ -149,7 +150,7 @@ def write(run: Run, ready: Ready) -> Done:
         left_out=tuple(left_out),
         totals=report.totals,
         seconds=loaded.seconds + ready.seconds + time.perf_counter() - start,
-        bytes_in=loaded.adapter.nbytes,
+        bytes_in=loaded.size,
         bytes_out=written[0][0],
     )
     state = None if loaded.state is None else loaded.state + written
@@ -206,7 +207,7 @@ def _line(
         "source": source,
         "settings": digest,
         "result": "corrected",
-        "totals": asdict(total),
+        "totals": total.to_dict(),
         "files": state,
     }
 
