@@ -17,6 +17,7 @@ from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
+from csulora.text import listed
 
 Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
 
@@ -128,6 +129,10 @@ def _report(plan: Plan, solved: Solved) -> Report:
         warnings.append(
             f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
             f"off-subspace: {', '.join(empty[:3])}"
+        )
+    if plan.left_out:
+        warnings.append(
+            f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
         )
     source = plan.source.source
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)

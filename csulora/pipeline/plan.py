@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.names import match_modules
+from csulora.files.layouts import match_layouts
+from csulora.files.names import SEE_LIKE
+from csulora.files.peft_tensors import PREFIX
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
+
+_SAVED_WITH_BASE = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
 class Member(NamedTuple):
@@ -42,6 +47,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype | None  # of the new factors, None: each factor's own
     portable: bool
     members: tuple[Member, ...]  # in the order of the adapter's modules
+    left_out: tuple[str, ...] = ()  # tensors of the adapter that the portable form goes without
 
     @classmethod
     def of(
@@ -53,15 +59,18 @@ class Plan(NamedTuple):
         portable: bool = False,
     ) -> Plan:
         """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
-        if portable and source.passed_through:
+        left_out = _base_copies(source) if portable else ()
+        kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
+        if portable and kept:
             raise CsuloraError(
-                "the portable form cannot hold passed-through tensors: "
-                f"{listed(source.passed_through)}"
+                f"the portable form cannot hold passed-through tensors: {listed(kept)}; correct "
+                "this adapter without --portable and with --pass-through, which copies them uncorrected"
             )
+        source = replace(source, passed_through=kept) if left_out else source
         if portable and not source.modules:
             raise CsuloraError("the portable form needs at least one module")
         members = _members(source, subspace, correction)
-        return cls(source, subspace, correction, dtype, portable, members)
+        return cls(source, subspace, correction, dtype, portable, members, left_out)
 
     @property
     def portable_rank(self) -> int | None:
@@ -73,11 +82,24 @@ class Plan(NamedTuple):
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
 
 
+def _base_copies(source: LoraAdapter) -> tuple[str, ...]:
+    """What PEFT's `save_embedding_layers` adds for a LoRA on embeddings or output head: the base weight.
+
+    PEFT never trains it, and servers have it; its shape is that of the update, which has to fit the base.
+    """
+    copies = (
+        f"{PREFIX}{name}.base_layer.weight"
+        for name in source.modules
+        if name.rpartition(".")[2] in _SAVED_WITH_BASE
+    )
+    return tuple(name for name in copies if name in source.passed_through)
+
+
 def _members(
     adapter: LoraAdapter, subspace: SafetySubspace, correction: Correction
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
-    matches = match_modules(adapter.modules, subspace.modules.keys(), where)
+    matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
     turned = bool(adapter.config.get("fan_in_fan_out")) and any(
         _is_turned(module, subspace.modules[matches[name]])
         for name, module in adapter.modules.items()
