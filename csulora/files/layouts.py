@@ -80,16 +80,19 @@ def _counterparts(wanted: Iterable[str], known: Collection[str]) -> dict[str, li
     if not missing:
         return {}
     by_common: dict[str, list[str]] = {}
-    by_ending: dict[str, list[str]] = {}
+    by_ending: dict[str, list[str]] = {name: [] for name in missing}
+    lengths = {len(name) for name in missing}
     for name in known:
         by_common.setdefault(common_name(name), []).append(name)
-        for ending in _endings(name):
-            by_ending.setdefault(ending, []).append(name)
+        for ending in _endings(name, lengths):
+            if ending in by_ending:
+                by_ending[ending].append(name)
+    lengths = {len(name) for name in known}
     found: dict[str, list[str]] = {}
     for name in missing:
         if same := by_common.get(common_name(name)):
-            shorter = [ending for ending in _endings(name) if ending in known]
-            found[name] = sorted({*same, *by_ending.get(name, ()), *shorter})
+            shorter = [ending for ending in _endings(name, lengths) if ending in known]
+            found[name] = sorted({*same, *by_ending[name], *shorter})
     return found
 
 
@@ -113,12 +116,13 @@ def of_a_sense(name: str) -> bool:
     return any(sense in name for sense in _SENSES)
 
 
-def _endings(name: str) -> Iterator[str]:
-    """Every proper ending of a name at a dot."""
-    _, dot, rest = name.partition(".")
-    while dot:
-        yield rest
-        _, dot, rest = rest.partition(".")
+def _endings(name: str, lengths: Collection[int]) -> Iterator[str]:
+    """Every proper ending of a name at a dot that has one of the lengths; others are not even cut out."""
+    dot = name.find(".")
+    while dot >= 0:
+        if len(name) - dot - 1 in lengths:
+            yield name[dot + 1 :]
+        dot = name.find(".", dot + 1)
 
 
 def _crosses(name: str, target: str) -> bool:
