@@ -408,11 +408,15 @@ def test_quantised_weights_are_called_so(kind, named, plain, tmp_path, capsys):
         assert len(estimate(*pair, rank=1, modules=["down_proj"]).modules) == 1
 
 
-def test_quantised_under_names_of_its_own(plain, tmp_path, capsys):
+@pytest.mark.parametrize("place", ["quantization_config", "text_config"])
+def test_quantised_under_names_of_its_own(place, plain, tmp_path, capsys):
     """A method that csulora does not know by its tensors is known by config.json."""
     pair = copied(plain, tmp_path / "pair")
     for folder in pair:
-        quantise(folder, {"codes": of_bits(torch.int16, 4, 4)}, {"quant_method": "aqlm"})
+        quantise(folder, {"codes": of_bits(torch.int16, 4, 4)}, None)
+        said = {"quant_method": "aqlm"}
+        nested = {"quantization_config": said} if place == "text_config" else said
+        edit_json(folder / "config.json", **{place: nested})
     like = builders.write_adapter(tmp_path / "lora", shapes={Q: (16, 16)})
     for selection in (("--modules", "q_proj"), ("--like", like)):
         result = run(capsys, "estimate", *pair, "--out", tmp_path / "s.safetensors", *selection)

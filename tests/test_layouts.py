@@ -265,6 +265,26 @@ def test_modules_by_their_names_in_memory(world):
     assert set(found.modules) == {world.on_disk[name] for name in names}
 
 
+def test_output_head(world, tmp_path):
+    """Beside the language model, within it on disk, or not stored at all because it is tied."""
+    adapter = world.write_adapter(tmp_path / "adapter", target_modules=["lm_head"])
+    pair = world.folder / "base", world.folder / "aligned"
+    subspace = estimate(*pair, rank=K, like=adapter)
+    new, _ = correct(LoraAdapter.load(adapter, pass_through=True), subspace)
+    base, aligned = (
+        world.load(name).lm_head.weight.detach().double() for name in ("base", "aligned")
+    )
+    U, _, Vt = torch.linalg.svd(aligned - base)
+    raw, made = (
+        {n: m.scaling * m.B.double() @ m.A.double() for n, m in a.modules.items()}
+        for a in (LoraAdapter.load(adapter, pass_through=True), new)
+    )
+    wanted = oracle.correct(
+        raw["lm_head"], U[:, :K], Vt[:K].mT, Correction().strengths, "direction"
+    )
+    check_update(made["lm_head"], wanted, 0.0)
+
+
 def has_sense(name):
     return any(word in name for word in ("vision", "visual", "image", "video", "audio"))
 

@@ -21,8 +21,12 @@ REMEDY = (
 
 def kind_of_config(config: Mapping[str, object]) -> str:
     """How a checkpoint is quantised by its config.json; empty where that says nothing of it."""
-    said = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(said, Mapping):
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    found = [
+        part.get(key) for part in parts for key in ("quantization_config", "compression_config")
+    ]
+    said = next((value for value in found if isinstance(value, Mapping)), None)
+    if not said:
         return ""
     method = said.get("quant_method")
     if not isinstance(method, str):
