@@ -124,9 +124,10 @@ def corrected_config(
 ) -> dict[str, Any]:
     """The configuration under which PEFT gives every module its new rank and alpha.
 
-    Where nothing changed the patterns stay as they are; otherwise the most common value becomes the
-    default and each other module gets an entry of its own, longest names first, so that no entry can
-    shadow another.
+    Where nothing changed the patterns stay as they are, and their keys stay where the modules that one
+    speaks for still agree: PEFT may know them by other names than the file does. Otherwise the most
+    common value becomes the default and each other module gets an entry of its own, longest names first,
+    so that no entry can shadow another.
     """
     new = dict(config)
     if isinstance(new.get("init_lora_weights"), str):
@@ -143,8 +144,12 @@ def corrected_config(
         for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             new[key] = _longest_first(values) | (config.get(key) or {})
         return new
-    new["r"], new["rank_pattern"] = _default_and_rest(ranks)
-    new["lora_alpha"], new["alpha_pattern"] = _default_and_rest(alphas)
+    for field, key, values in (
+        ("r", "rank_pattern", ranks),
+        ("lora_alpha", "alpha_pattern", alphas),
+    ):
+        kept = _same_keys(config.get(key) or {}, config[field], values)
+        new[field], new[key] = kept or _default_and_rest(values)
     return new
 
 
@@ -166,6 +171,18 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{value!r} is not a value of a configuration file")
+
+
+def _same_keys(
+    pattern: Mapping[str, Any], default: Any, values: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """A default and a pattern of the same keys that give each module its value, if there are such."""
+    places = {key: float(place) for place, key in enumerate(pattern)}
+    found: dict[float, Any] = {}
+    for name, value in values.items():
+        if found.setdefault(pattern_value(places, name, -1.0), value) != value:
+            return None
+    return found.get(-1.0, default), {key: found.get(places[key], pattern[key]) for key in pattern}
 
 
 def _default_and_rest(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
