@@ -46,6 +46,23 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
+def mamba():
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 31}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
+def t5():
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 31,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
 def shift(model):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,6 +90,8 @@ HEADS = {
     "llama, tied": lambda: llama(tie_word_embeddings=True),
     "gpt-neox": neox,  # embed_out on disk
     "gpt2": gpt2,  # tied to wte
+    "mamba": mamba,  # to embeddings
+    "t5": t5,  # to shared
 }
 
 
@@ -276,6 +295,18 @@ def test_one_file_beside_shards_that_differ(tmp_path, capsys):
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
 
 
+def test_an_index_of_the_one_file_contradicts_nothing(tmp_path):
+    pair = write_pair(tmp_path, llama())
+    names = dict.fromkeys(load_file(pair[0] / SINGLE), SINGLE)
+    builders.write_json(pair[0] / INDEX, {"metadata": {}, "weight_map": names})
+    said = []
+    estimate(*pair, rank=1, warn=said.append)
+    assert not said
+    (pair[0] / INDEX).write_text("{")
+    estimate(*pair, rank=1, warn=said.append)
+    assert len(said) == 1
+
+
 def test_pairs_saved_in_two_layouts(tmp_path):
     config = transformers.Qwen2VLConfig(
         text_config=LLAMA
@@ -290,9 +321,23 @@ def test_pairs_saved_in_two_layouts(tmp_path):
     found = estimate(pair[0], tmp_path / "other", rank=K)
     assert found.modules.keys() == expected.modules.keys()
     assert all(torch.equal(m.U, expected.modules[name].U) for name, m in found.modules.items())
-    # and where transformers renames more than wrappers, this is what the error says to do
+
+
+def test_what_transformers_renames_further_is_no_guess_and_the_error_says_what_helps(tmp_path):
+    sizes = {k: LLAMA[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = transformers.ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4)
+    model = transformers.ViTForImageClassification(config)
+    pair = write_pair(tmp_path, model)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     with pytest.raises(CsuloraError, match="save_original_format=False"):
-        estimate(*pair, like=builders.write_adapter(tmp_path / "lora", shapes={"x.y": (16, 16)}))
+        estimate(*pair, rank=K, like=tmp_path / "adapter")
+    for folder in pair:
+        loaded = type(model).from_pretrained(folder)
+        loaded.save_pretrained(tmp_path / "new" / folder.name, save_original_format=False)
+    new = (tmp_path / "new" / folder.name for folder in pair)
+    assert len(estimate(*new, rank=K, like=tmp_path / "adapter").modules) == 1
 
 
 # --- quantised weights ----------------------------------------------------------------------------

@@ -24,7 +24,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 WEIGHT = ".weight"
 # Leaves of the names of input embeddings and output heads, as far as models tie them.
-_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "embeddings"}
+)
 _HEADS = frozenset({"lm_head", "embed_out"})
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -114,7 +116,7 @@ def _files(folder: Path, warn: Callable[[str], object]) -> tuple[list[Path], dic
     """Weight files of a folder, in the order in which transformers reads them, and the index."""
     index = folder / INDEX
     if (folder / SINGLE).exists():
-        if index.exists():
+        if index.exists() and _lists_shards(index):
             warn(f"{folder}: holds {SINGLE} and {INDEX}; read is {SINGLE}, as by transformers")
         return [folder / SINGLE], {}
     if not index.exists():
@@ -134,6 +136,15 @@ def _files(folder: Path, warn: Callable[[str], object]) -> tuple[list[Path], dic
             raise CsuloraError(f"{index}: entry of {name} is not a file name")
         entries[name] = inside(folder, file, index)
     return sorted(set(entries.values())), entries
+
+
+def _lists_shards(index: Path) -> bool:
+    """Whether an index that nobody needs speaks of other files than the one beside it."""
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except CsuloraError:
+        return True
+    return not isinstance(weight_map, dict) or any(file != SINGLE for file in weight_map.values())
 
 
 def _list_weights(file: Path, method: str) -> tuple[set[str], dict[str, Weight]]:
