@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.errors import CsuloraError, ExistsError
+from csulora.errors import CsuloraError
 from csulora.files import peft_config
-from csulora.files.folders import check_apart, check_folder, inside, whole_folder, writing
+from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
 from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
@@ -26,12 +26,19 @@ from csulora.files.safetensors import (
     read_safetensors,
     write_safetensors,
 )
+from csulora.output import (
+    REPORT,
+    WEIGHTS,
+    Written,
+    check_replaceable,
+    made_of,
+    mark_of,
+    metadata_of,
+)
 from csulora.report import Report
 from csulora.text import listed, span
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-REPORT = "csulora_report.json"
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,6 +84,7 @@ class Source:
     name: str
     sha256: str  # of adapter_model.safetensors
     config_sha256: str  # of adapter_config.json
+    corrected: bool = False  # its weights say that csulora corrected them
 
     def to_dict(self) -> dict[str, str]:
         """What a report says of it; the folder may be another one elsewhere."""
@@ -92,6 +100,8 @@ class LoraAdapter:
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
     passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
         convolutions, ...).
+    made: how it was corrected, as its file will say or said: `settings`, `subspace`, `source`, and
+        `before`, the same of an earlier correction; empty for an adapter that never was.
     """
 
     modules: dict[str, LoraModule]
@@ -99,6 +109,7 @@ class LoraAdapter:
     passed_through: dict[str, Tensor] = field(default_factory=dict)
     passed_through_ranks: dict[str, int] = field(default_factory=dict)
     source: Source | None = None
+    made: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         ranks = sorted({module.rank for module in self.modules.values()})
@@ -139,8 +150,9 @@ class LoraAdapter:
         weights = _weights_file(path)
         tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
         config_digest = hashlib.sha256(config_data).hexdigest()
-        source = Source(path, name or folder_name(folder), digest, config_digest)
-        return cls._of(weights, tensors, config, pass_through, source)
+        made = made_of(mark_of(weights))
+        source = Source(path, name or folder_name(folder), digest, config_digest, bool(made))
+        return replace(cls._of(weights, tensors, config, pass_through, source), made=made)
 
     @classmethod
     def from_tensors(
@@ -218,35 +230,33 @@ class LoraAdapter:
 
         Every other file of the source folder is copied, except other adapter weights (a pickled copy,
         a nested adapter), which would be uncorrected, and links to folders; their names are returned.
-        `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
-        the folder exists and `overwrite` is not set or it holds no adapter, and CsuloraError if it lies
-        within the source folder or around it.
+        `report` (or what its `to_dict` returned) becomes `csulora_report.json`, with the digests of what
+        was written. Raises ExistsError if the folder exists and `overwrite` is not set or it is no output
+        of csulora, and CsuloraError if it lies within the source folder or around it.
         """
-        target = Path(folder)
-        if self.source is not None:
-            check_apart(target, self.source.folder)
         values = report.to_dict() if isinstance(report, Report) else report
-        check_replaceable(target)
-        with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
-            copied, left_out = _other_files(self.source)
-            for relative, path in copied.items():
-                copy_file(path, temporary / relative)
-            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"})
-            write_bytes(temporary / peft_config.FILE, json_bytes(self.written_config()))
-            if values is not None:
-                write_bytes(temporary / REPORT, json_rows({**values, "left_out": left_out}))
-        return left_out
+        return write_folder(self, Path(folder), overwrite=overwrite, report=values).left_out
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise ExistsError for what is there and no output replaces: files, links, folders of other things.
-
-    A wrong path must not cost anybody a folder that has nothing to do with adapters.
-    """
-    check_folder(folder)
-    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    if names and not names & {WEIGHTS, peft_config.FILE, REPORT}:
-        raise ExistsError(f"{folder}: a folder that holds no adapter; remove it yourself")
+def write_folder(
+    adapter: LoraAdapter, folder: Path, *, overwrite: bool, report: Mapping[str, Any] | None
+) -> Written:
+    """`LoraAdapter.save`, and what a report says of it."""
+    if adapter.source is not None:
+        check_apart(folder, adapter.source.folder)
+    check_replaceable(folder)
+    with writing(folder), whole_folder(folder, overwrite=overwrite) as temporary:
+        copied, left_out = _other_files(adapter.source)
+        for relative, path in copied.items():
+            copy_file(path, temporary / relative)
+        config = json_bytes(adapter.written_config())
+        metadata = metadata_of(adapter.made)
+        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata)
+        write_bytes(temporary / peft_config.FILE, config)
+        written = Written(digest, hashlib.sha256(config).hexdigest(), left_out)
+        if report is not None:
+            write_bytes(temporary / REPORT, json_rows({**report, **written.in_report()}))
+    return written
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:

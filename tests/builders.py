@@ -138,7 +138,7 @@ def write_adapter(
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     plain = {
         "peft_type": "LORA",
-        "base_model_name_or_path": "tiny/model",
+        "base_model_name_or_path": "some/aligned",
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": ["q_proj", "down_proj"],

@@ -269,7 +269,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         return compute(*arguments, **options)
 
     monkeypatch.setattr(folder, "correct_batch", meanwhile)
-    with pytest.raises(ExistsError, match="already exists|holds no adapter"):  # noqa: RUF043
+    with pytest.raises(ExistsError, match="already exists|did not write"):  # noqa: RUF043
         csulora.correct_folder(adapter, loaded, out, existing=existing)
     assert names(out) == ["thesis"]
 

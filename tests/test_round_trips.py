@@ -57,7 +57,12 @@ def test_a_report_survives_json_and_the_disk(corrected, out):
     assert Report.from_dict(through_json(report.to_dict())) == report
     left_out = new.save(out, report=report)
     written = json.loads((out / builders.REPORT).read_text())
-    assert Report.from_dict(written) == replace(report, left_out=left_out)
+    output = {
+        "sha256": builders.digest(out / WEIGHTS),
+        "config_sha256": builders.digest(out / CONFIG),
+    }
+    assert written["output"] == output
+    assert Report.from_dict(written) == replace(report, left_out=left_out, output=output)
     new.save(out.parent / "again", report=report.to_dict())
     assert builders.tree(out.parent / "again") == builders.tree(out)
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csulora.adapter import WEIGHTS
 from csulora.batch.sources import Item
 from csulora.errors import CsuloraError
 from csulora.outcome import Outcome
+from csulora.output import WEIGHTS
 
 SLOWEST = 5
 EXTREMES = 5  # outliers named at each end of each figure

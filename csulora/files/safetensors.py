@@ -140,12 +140,15 @@ def safetensors_chunks(
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write and fsync one safetensors file."""
+) -> str:
+    """Write and fsync one safetensors file; the hex sha256 of what was written."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for chunk in safetensors_chunks(tensors, metadata):
+            digest.update(chunk)
             file.write(chunk)
         sync(file)
+    return digest.hexdigest()
 
 
 def _read(path: Path, file: BinaryIO, pin_memory: bool) -> tuple[bytes, Tensor, str]:

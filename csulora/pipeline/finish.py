@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from csulora.files.peft_config import alpha_for_rank, portable_config
 from csulora.method import in_float64
 from csulora.method.stages import Cores
 from csulora.pipeline.memory import Layout, allocate, balance, store
-from csulora.pipeline.plan import Member, Plan
+from csulora.pipeline.plan import Member, Plan, other_model
 from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
+from csulora.version import MADE_BY
 
 Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
 
@@ -40,7 +42,7 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     if portable_rank is not None:
         config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
-    adapter = replace(plan.source, modules=ordered, config=config)
+    adapter = replace(plan.source, modules=ordered, config=config, made=_made(plan, report))
     return replace(adapter, config=adapter.written_config()), report
 
 
@@ -55,6 +57,7 @@ def provenance(
 ) -> dict[str, dict[str, Any]]:
     """What, besides the source, determines a result, as the report states it."""
     return {
+        "made_by": dict(MADE_BY),
         "settings": {
             **correction.to_dict(),
             "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
@@ -114,6 +117,13 @@ def _module(
     return replace(new, B=into[0], A=into[1])
 
 
+def _made(plan: Plan, report: Report) -> dict[str, Any]:
+    """What the file will say of how it was made."""
+    before = {"before": plan.source.made} if plan.source.made else {}
+    made = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
+    return copy.deepcopy(made | before)
+
+
 def _report(plan: Plan, solved: Solved) -> Report:
     padded = plan.portable_rank
     ranks = [(m.module.rank, padded or m.rank, m.U.shape[1]) for m in plan.members]
@@ -129,11 +139,17 @@ def _report(plan: Plan, solved: Solved) -> Report:
             f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
             f"off-subspace: {', '.join(empty[:3])}"
         )
-    source = plan.source.source
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
+    other = other_model(plan.source.config, made["subspace"])
+    if other is not None:
+        warnings.append(other)
+    if plan.source.made:
+        warnings.append("the adapter had been corrected before")
+    source = plan.source.source
     return Report(
         modules=modules,
         totals=total,
+        made_by=made["made_by"],
         settings=made["settings"],
         subspace=made["subspace"],
         source={} if source is None else source.to_dict(),

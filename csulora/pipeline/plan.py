@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.names import match_modules
+from csulora.files.names import match_modules, model_name
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -71,6 +72,24 @@ class Plan(NamedTuple):
     def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
         """Types of a member's new B and A."""
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
+
+
+def other_model(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+    """What is to be said of an adapter whose configuration names neither model of the subspace.
+
+    Names are all there is to go by: an adapter of another model can have the same shapes.
+    origin: `base` and `aligned`, as a report has them under `subspace`.
+    """
+    stated = config.get("base_model_name_or_path")
+    pair = [str(origin[key]) for key in ("base", "aligned") if origin.get(key)]
+    if not isinstance(stated, str) or not model_name(stated) or not pair:
+        return None
+    if model_name(stated).lower() in {model_name(name).lower() for name in pair}:
+        return None
+    return (
+        f"the adapter was trained on {stated}, by its configuration, but the subspace is that of "
+        f"{' and '.join(pair)}"
+    )
 
 
 def _members(
