@@ -18,7 +18,7 @@ from csulora.files import peft_config
 from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
-from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
+from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
 from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
 from csulora.files.safetensors import (
     SAFETENSORS_DTYPES,
@@ -45,12 +45,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class LoraModule:
-    """The update of one linear weight, dW = scaling * B @ A."""
+    """The update of one linear weight, dW = scaling * B @ A, or of an embedding.
+
+    An embedding is a linear weight for one-hot tokens: d_in is the vocabulary. It is stored the other
+    way round, as (d_in, d_out), so what is added to it is dW^T.
+    """
 
     A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
     alpha: float
     scaling: float
+    embedding: bool = False
 
     def __repr__(self) -> str:
         shape = f"{self.B.shape[0]} x {self.A.shape[1]}"
@@ -68,7 +73,8 @@ class LoraModule:
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""
         missing = rank - self.rank
-        return LoraModule(
+        return replace(
+            self,
             A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
             B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
             alpha=rank,
@@ -95,11 +101,11 @@ class Source:
 class LoraAdapter:
     """A PEFT LoRA adapter in memory.
 
-    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights.
+    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights
+        and embeddings.
     config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
-    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
-        convolutions, ...).
+    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, convolutions, ...).
     made: how it was corrected, as its file will say or said: `settings`, `subspace`, `source`, and
         `before`, the same of an earlier correction; empty for an adapter that never was.
     """
@@ -133,7 +139,8 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """Read a PEFT adapter folder (or hub id); each file is read once, tensors are views of it.
 
-        pass_through: keep tensors that are not a LoRA update on a linear weight instead of refusing.
+        pass_through: keep tensors that are not a LoRA update on a linear weight or embedding instead of
+            refusing.
         pin_memory: read into page-locked memory, for a correction on a GPU.
         name: what reports call the source, if not as its folder or hub id.
 
@@ -183,15 +190,15 @@ class LoraAdapter:
         pass_through: bool,
         source: Source | None,
     ) -> LoraAdapter:
-        linear, others, ranks = sort_out(tensors, config)
+        updates, others, ranks = sort_out(tensors, config)
         if others and not pass_through:
             raise CsuloraError(
-                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight: "
-                f"{listed(others)}; pass --pass-through to copy them uncorrected"
+                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or "
+                f"embedding: {listed(others)}; pass --pass-through to copy them uncorrected"
             )
-        if not linear and not others:
+        if not updates and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
-        modules = {name: _module(where, name, linear[name], config) for name in sorted(linear)}
+        modules = {name: _module(where, name, updates[name], config) for name in sorted(updates)}
         return cls(modules, config, others, ranks, source)
 
     @property
@@ -203,8 +210,8 @@ class LoraAdapter:
         """All tensors by the names that PEFT saves them under, without copies."""
         tensors = dict(self.passed_through)
         for name, module in self.modules.items():
-            tensors[factor_name(name, "A")] = module.A
-            tensors[factor_name(name, "B")] = module.B
+            tensors[factor_name(name, "A", module.embedding)] = module.A
+            tensors[factor_name(name, "B", module.embedding)] = module.B
         return tensors
 
     def written_config(self) -> dict[str, Any]:
@@ -295,29 +302,30 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _module(
-    path: str | Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> LoraModule:
+def _module(path: str | Path, name: str, factors: Factors, config: Mapping[str, Any]) -> LoraModule:
+    pair, embedding = factors
+    words = {side: factor_word(side, embedding) for side in "AB"}
     for side, other in (("A", "B"), ("B", "A")):
         if side not in pair:
-            raise CsuloraError(f"{path}: {factor_name(name, other)} has no lora_{side}")
+            present = factor_name(name, other, embedding)
+            raise CsuloraError(f"{path}: {present} has no {words[side]}")
         if pair[side].dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {factor_name(name, side)} is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side, embedding)} is {pair[side].dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
     A, B = pair["A"], pair["B"]
     rank = peft_config.module_rank(config, name)
     if A.shape[0] != rank or B.shape[1] != rank:
         raise CsuloraError(
-            f"{path}: {PREFIX}{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit "
-            f"rank {rank} of {peft_config.FILE}"
+            f"{path}: {PREFIX}{name}: {words['A']} {tuple(A.shape)} and {words['B']} {tuple(B.shape)} "
+            f"do not fit rank {rank} of {peft_config.FILE}"
         )
     if not A.shape[1] or not B.shape[0]:
         raise CsuloraError(f"{path}: {PREFIX}{name}: empty factors")
     alpha = peft_config.module_alpha(config, name)
     s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
-    return LoraModule(A=A, B=B, alpha=alpha, scaling=s)
+    return LoraModule(A=A, B=B, alpha=alpha, scaling=s, embedding=embedding)
 
 
 def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:

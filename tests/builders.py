@@ -193,6 +193,7 @@ def random_subspace(adapter: LoraAdapter, rank: int = 4) -> SafetySubspace:
             torch.ones(rank),
             torch.linalg.qr(torch.randn(module.A.shape[1], rank))[0],
             0.5,
+            module.embedding,  # whose bases are given in the orientation of B A
         )
         for name, module in adapter.modules.items()
     }

@@ -112,7 +112,8 @@ def add_inspect(commands: Commands) -> None:
     group.add_argument(
         "--pass-through",
         action="store_true",
-        help="leave out tensors that are not a LoRA update on a linear weight instead of refusing",
+        help="leave out tensors that are not a LoRA update on a linear weight or embedding instead of "
+        "refusing",
     )
     group.add_argument("--plot", metavar="FILE.png", help="heat maps, before and after")
     _add_json(group)
@@ -268,7 +269,8 @@ def _add_refusals(group: Group) -> None:
     group.add_argument(
         "--pass-through",
         action="store_true",
-        help="copy tensors that are not a LoRA update on a linear weight instead of refusing",
+        help="copy tensors that are not a LoRA update on a linear weight or embedding instead of "
+        "refusing",
     )
     group.add_argument(
         "--again", action="store_true", help="correct outputs of csulora once more, too"

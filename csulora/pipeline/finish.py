@@ -107,7 +107,7 @@ def _module(
     old, (B, A) = member.module, pair
     rslora = bool(plan.source.config.get("use_rslora"))
     alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
-    new = LoraModule(A=A, B=B, alpha=alpha, scaling=old.scaling)
+    new = replace(old, A=A, B=B, alpha=alpha)
     if portable_rank is not None:
         new = new.portable(portable_rank)
     B, A = new.B, new.A

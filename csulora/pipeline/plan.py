@@ -54,6 +54,11 @@ class Plan(NamedTuple):
         portable: bool = False,
     ) -> Plan:
         """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
+        embeddings = [name for name, module in source.modules.items() if module.embedding]
+        if portable and embeddings:
+            raise CsuloraError(
+                f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
+            )
         if portable and source.passed_through:
             raise CsuloraError(
                 "the portable form cannot hold passed-through tensors: "
@@ -111,6 +116,8 @@ def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
     """Whether only U and V in each other's place fit the update, as when the adapter knows that its
     weights are stored as (d_in, d_out) and the estimate did not."""
     shape = (module.B.shape[0], module.A.shape[1])
+    if module.embedding:
+        return False  # stored as (d_in, d_out) whatever linear weights are
     return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
 
 
@@ -126,8 +133,9 @@ def _member(
     shape = (module.B.shape[0], module.A.shape[1])
     U, V = found.U, found.V
     # The singular vectors of the transposed matrix are the same two bases in the other order. A square
-    # module does not tell; it is stored like the others.
-    transposed = turned and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape
+    # module does not tell; it is stored like the others. An embedding is known by its kind.
+    fits = module.embedding or (turned and (V.shape[0], U.shape[0]) == shape)
+    transposed = fits and not found.fan_in_fan_out
     if transposed:
         U, V = V, U
     if (U.shape[0], V.shape[0]) != shape:
