@@ -19,21 +19,33 @@ from csulora.files.folders import check_apart, check_folder, inside, whole_folde
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
 from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
-from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
+from csulora.files.plain import (
+    copy_file,
+    mode_of,
+    read_bytes,
+    reading,
+    sha256_file,
+    write_bytes,
+)
 from csulora.files.safetensors import (
     SAFETENSORS_DTYPES,
     check_finite,
+    open_safetensors,
     read_safetensors,
     write_safetensors,
 )
 from csulora.report import Report
-from csulora.text import listed, span
+from csulora.text import encodable, listed, span
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 REPORT = "csulora_report.json"
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the files that are copied beside the weights: bytes, as a number and in multiples of the weights,
+# whichever is more; and how many folders deep they may lie.
+OTHER_BYTES, OTHER_MULTIPLE = 4 << 30, 64
+DEEPEST = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +146,14 @@ class LoraAdapter:
         if not path.is_dir():
             raise CsuloraError(f"{path}: expected an adapter folder, found a file")
         config_file = inside(path, peft_config.FILE, path)
-        config_data = read_bytes(config_file)
+        config_data = read_bytes(config_file, peft_config.CONFIG_LIMIT)
         config = peft_config.parse_config(config_file, config_data)
         weights = _weights_file(path)
-        tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
+
+        def check(outlines: dict[str, Tensor]) -> None:
+            cls._of(weights, outlines, config, pass_through, None)
+
+        tensors, digest = read_safetensors(weights, pin_memory=pin_memory, check=check)
         config_digest = hashlib.sha256(config_data).hexdigest()
         source = Source(path, name or folder_name(folder), digest, config_digest)
         return cls._of(weights, tensors, config, pass_through, source)
@@ -228,13 +244,14 @@ class LoraAdapter:
         values = report.to_dict() if isinstance(report, Report) else report
         check_replaceable(target)
         with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
-            copied, left_out = _other_files(self.source)
-            for relative, path in copied.items():
-                copy_file(path, temporary / relative)
-            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"})
-            write_bytes(temporary / peft_config.FILE, json_bytes(self.written_config()))
+            left_out = _copy_others(self.source, temporary, self.nbytes)
+            mode, config_mode = _modes(self.source)
+            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"}, mode=mode)
+            config = json_bytes(self.written_config())
+            write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
             if values is not None:
-                write_bytes(temporary / REPORT, json_rows({**values, "left_out": left_out}))
+                rows = json_rows({**values, "left_out": left_out})
+                write_bytes(temporary / REPORT, rows, mode=mode)
         return left_out
 
 
@@ -256,6 +273,8 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CsuloraError(f"tensors: {name} is not a dense tensor in memory")
         if X.dtype not in SAFETENSORS_DTYPES:
             raise CsuloraError(f"tensors: {name} is {X.dtype}, which no adapter file holds")
+        if encodable(name) != name:
+            raise CsuloraError(f"tensors: {name!r} is no name in Unicode, which no file holds")
 
 
 def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
@@ -265,12 +284,14 @@ def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Sour
     """
     path = resolve_source(folder, HUB_PATTERNS)
     config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
-    return Source(path, name or folder_name(folder), sha256_file(weights), sha256_file(config))
+    config_digest = sha256_file(config, peft_config.CONFIG_LIMIT)
+    with open_safetensors(weights) as opened:
+        return Source(path, name or folder_name(folder), opened.hash(), config_digest)
 
 
 def folder_name(folder: str | os.PathLike[str]) -> str:
-    """The last part of a path or a hub id."""
-    return Path(os.path.abspath(folder)).name
+    """The last part of a path or a hub id, as text."""
+    return encodable(Path(os.path.abspath(folder)).name)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -310,28 +331,55 @@ def _module(
     return LoraModule(A=A, B=B, alpha=alpha, scaling=s)
 
 
-def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
-    """Files of the source folder to copy, by relative path, and those left out."""
+def _copy_others(source: Source | None, target: Path, weights: int) -> list[str]:
+    """Copy the other files of a source with so many bytes of weights; the names of those left out."""
+    if source is None:
+        return []
+    copied, folders, left_out = _other_files(source.folder)
+    limit = left = max(OTHER_BYTES, OTHER_MULTIPLE * weights)
+    for relative, path in copied.items():
+        with reading(path):
+            size = os.stat(path).st_size
+        if size > left:
+            raise CsuloraError(
+                f"{path}: {size} bytes; of the files beside the weights {limit} are copied at most, "
+                "move what does not belong to the adapter"
+            )
+        copy_file(path, target / relative, left)
+        left -= size
+    for relative in folders:
+        mode = mode_of(source.folder / relative)
+        if mode is not None and (target / relative).is_dir():
+            (target / relative).chmod(mode | 0o700)  # its owner may remove it
+    return left_out
+
+
+def _modes(source: Source | None) -> tuple[int | None, int | None]:
+    """Permission bits of the source's weights and configuration; None where there is no source."""
+    if source is None:
+        return None, None
+    return mode_of(source.folder / WEIGHTS), mode_of(source.folder / peft_config.FILE)
+
+
+def _other_files(source: Path) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Files of a folder to copy, by relative path; its folders, itself too; and what is left out."""
     copied: dict[str, Path] = {}
     left_out: list[str] = []
-    if source is None:
-        return copied, left_out
-    for folder, folders, files in os.walk(source.folder, onerror=_raise):
-        links = [Path(folder) / name for name in folders if (Path(folder) / name).is_symlink()]
-        left_out += [str(link.relative_to(source.folder)) for link in links]
-        for file in files:
-            relative = str((Path(folder) / file).relative_to(source.folder))
-            if relative in (WEIGHTS, peft_config.FILE, REPORT):
-                continue
-            if file.startswith("adapter_model."):
+    folders = [""]
+    for folder in folders:
+        if folder.count(os.sep) >= DEEPEST:
+            raise CsuloraError(f"{source / folder}: more than {DEEPEST} folders deep")
+        with os.scandir(source / folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            relative = os.path.join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(relative)
+            elif os.path.isdir(entry.path):
                 left_out.append(relative)
-                continue
-            path = inside(source.folder, relative, source.folder)
-            if not path.is_file():
-                raise CsuloraError(f"{path}: not a regular file; refused")
-            copied[relative] = path
-    return copied, sorted(left_out)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+            elif relative not in (WEIGHTS, peft_config.FILE, REPORT):
+                if entry.name.startswith("adapter_model."):
+                    left_out.append(relative)
+                else:
+                    copied[relative] = inside(source, relative, source)
+    return copied, folders, sorted(encodable(name) for name in left_out)
