@@ -296,7 +296,7 @@ def folder_name(folder: str | os.PathLike[str]) -> str:
 
 def _weights_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
-    if weights.exists():
+    if os.path.lexists(weights):
         return inside(folder, WEIGHTS, folder)
     if (folder / PICKLE).exists():
         raise CsuloraError(
@@ -369,7 +369,7 @@ def _other_files(source: Path) -> tuple[dict[str, Path], list[str], list[str]]:
     for folder in folders:
         if folder.count(os.sep) >= DEEPEST:
             raise CsuloraError(f"{source / folder}: more than {DEEPEST} folders deep")
-        with os.scandir(source / folder) as entries:
+        with reading(source / folder), os.scandir(source / folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
             relative = os.path.join(folder, entry.name)

@@ -93,6 +93,8 @@ def copy_file(source: Path, destination: Path, limit: int | None = None) -> None
         found = os.fstat(reader.fileno())
         for begin, end in _filled(source, reader, found.st_size):
             _copy_span(source, reader, writer, begin, end)
+        if stamp(os.fstat(reader.fileno())) != stamp(found):
+            raise changed(source)
         writer.truncate(found.st_size)
         sync(writer, permissions(found))
 
@@ -116,6 +118,11 @@ def sync(file: Any, mode: int | None = None) -> None:
     if mode is not None:
         os.fchmod(file.fileno(), mode)
     os.fsync(file.fileno())
+
+
+def stamp(found: os.stat_result) -> tuple[int, ...]:
+    """What is another number once a file was replaced or its content changed."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def changed(path: str | os.PathLike[str]) -> CsuloraError:

@@ -26,7 +26,7 @@ from torch import Tensor
 from csulora.errors import CsuloraError
 from csulora.files.json import load_json
 from csulora.files.memory import room
-from csulora.files.plain import PIECE, changed, hash_rest, open_regular, reading, sync
+from csulora.files.plain import PIECE, changed, hash_rest, open_regular, reading, stamp, sync
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -258,8 +258,7 @@ def _fill(path: Path, file: FileIO, view: memoryview, digest: Any = None) -> Non
 
 
 def _stamp(file: FileIO) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stamp(os.fstat(file.fileno()))
 
 
 def _parse(path: Path, text: bytearray, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
