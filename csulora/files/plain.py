@@ -52,11 +52,12 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 def read_bytes(path: Path, limit: int) -> bytes:
     """A small file whole, of at most `limit` bytes."""
     with reading(path), open_regular(path, limit=limit) as file:
+        before = os.fstat(file.fileno())
         data = bytearray()
-        while piece := file.read(PIECE):
+        while len(data) <= before.st_size and (piece := file.read(PIECE)):
             data += piece
-            if len(data) > limit:
-                raise changed(path)
+        if len(data) != before.st_size or stamp(os.fstat(file.fileno())) != stamp(before):
+            raise changed(path)
     return bytes(data)
 
 

@@ -86,14 +86,15 @@ class SafetensorsFile:
     def __init__(self, path: Path, file: FileIO) -> None:
         self._path, self._file = path, file
         self._digest = hashlib.sha256()
-        size = os.fstat(file.fileno()).st_size
+        found = os.fstat(file.fileno())
+        size = found.st_size
         length = int.from_bytes(_exactly(path, file, min(size, 8), self._digest), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise _malformed(path, f"a header of {length} bytes in a file of {size}")
         text = _exactly(path, file, length, self._digest)
         self._body = size - 8 - length  # bytes
         metadata, entries = _parse(path, text, self._body)
-        self.header = Header(path, metadata, entries, 8 + length, _stamp(file))
+        self.header = Header(path, metadata, entries, 8 + length, stamp(found))
 
     @property
     def size(self) -> int:
@@ -112,7 +113,7 @@ class SafetensorsFile:
         dtypes = {name: _dtype(self._path, name, e) for name, e in self.header.entries.items()}
         body = room(self._path, self._body, pin_memory=pin_memory)
         _fill(self._path, self._file, body.numpy().data, self._digest)
-        if self._file.read(1):
+        if _stamp(self._file) != self.header.stamp:
             raise changed(self._path)
         tensors = {
             name: _view(self._path, name, body[entry.begin : entry.end], dtypes[name], entry)
