@@ -22,8 +22,8 @@ def span(values: Sequence[Any]) -> str:
 def one_line(error: object) -> str:
     """An error's message on one line, control characters made visible."""
     text = str(error)
-    if len(text) > LONGEST:
-        text = text[:LONGEST] + "..."
+    if len(text) > LONGEST:  # the beginning names the file, the end tells why
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     text = " ".join(text.split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

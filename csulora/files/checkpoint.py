@@ -82,10 +82,10 @@ class Checkpoint:
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files of a folder, each with the names that the index promises (None: all)."""
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return {folder / SINGLE: None}
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise CsuloraError(
