@@ -83,8 +83,8 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         except OSError:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise CsuloraError(
-                f"{path}: cannot be replaced ({reason}); what it held is now in {old}, and the next run "
-                "for this folder puts it back"
+                f"{path}: cannot be replaced ({reason}); what it held is now {old} and comes back with "
+                "the next run for it"
             ) from None
         raise
 

@@ -176,7 +176,10 @@ def results(tmp_path_factory):
 
     found = run_all(prepare(root), between)
     found["root"] = root
-    return found
+    yield found
+    subprocess.run(
+        ["rm", "-rf", root], check=True
+    )  # pytest's own removal goes as deep as its stack
 
 
 def check(result, code, word):
