@@ -15,14 +15,21 @@ from torch import Tensor
 
 from csulora.errors import CsuloraError
 from csulora.files import peft_config
+from csulora.files.companions import copy_companions
 from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
 from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
-from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
+from csulora.files.plain import (
+    mode_of,
+    read_bytes,
+    sha256_file,
+    write_bytes,
+)
 from csulora.files.safetensors import (
     SAFETENSORS_DTYPES,
     check_finite,
+    open_safetensors,
     read_safetensors,
     write_safetensors,
 )
@@ -32,13 +39,14 @@ from csulora.output import (
     Written,
     check_replaceable,
     made_of,
-    mark_of,
+    mark_in,
     metadata_of,
 )
 from csulora.report import Report
-from csulora.text import listed, span
+from csulora.text import encodable, listed, span
 
 PICKLE = "adapter_model.bin"
+OWN = frozenset({WEIGHTS, REPORT, peft_config.FILE})
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -152,14 +160,18 @@ class LoraAdapter:
         if not path.is_dir():
             raise CsuloraError(f"{path}: expected an adapter folder, found a file")
         config_file = inside(path, peft_config.FILE, path)
-        config_data = read_bytes(config_file)
+        config_data = read_bytes(config_file, peft_config.CONFIG_LIMIT)
         config = peft_config.parse_config(config_file, config_data)
         weights = _weights_file(path)
-        tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
+
+        def check(outlines: dict[str, Tensor]) -> None:
+            cls._of(weights, outlines, config, pass_through, None)
+
+        found = read_safetensors(weights, pin_memory=pin_memory, check=check)
         config_digest = hashlib.sha256(config_data).hexdigest()
-        made = made_of(mark_of(weights))
-        source = Source(path, name or folder_name(folder), digest, config_digest, bool(made))
-        return replace(cls._of(weights, tensors, config, pass_through, source), made=made)
+        made = made_of(mark_in(found.metadata))
+        source = Source(path, name or folder_name(folder), found.sha256, config_digest, bool(made))
+        return replace(cls._of(weights, found.tensors, config, pass_through, source), made=made)
 
     @classmethod
     def from_tensors(
@@ -253,16 +265,20 @@ def write_folder(
         check_apart(folder, adapter.source.folder)
     check_replaceable(folder)
     with writing(folder), whole_folder(folder, overwrite=overwrite) as temporary:
-        copied, left_out = _other_files(adapter.source)
-        for relative, path in copied.items():
-            copy_file(path, temporary / relative)
+        left_out: list[str] = []
+        mode = config_mode = None
+        if adapter.source is not None:
+            origin = adapter.source.folder
+            left_out = copy_companions(origin, temporary, adapter.nbytes, OWN)
+            mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
         config = json_bytes(adapter.written_config())
         metadata = metadata_of(adapter.made)
-        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata)
-        write_bytes(temporary / peft_config.FILE, config)
+        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode)
+        write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
         written = Written(digest, hashlib.sha256(config).hexdigest(), left_out)
         if report is not None:
-            write_bytes(temporary / REPORT, json_rows({**report, **written.in_report()}))
+            rows = json_rows({**report, **written.in_report()})
+            write_bytes(temporary / REPORT, rows, mode=mode)
     return written
 
 
@@ -273,6 +289,8 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CsuloraError(f"tensors: {name} is not a dense tensor in memory")
         if X.dtype not in SAFETENSORS_DTYPES:
             raise CsuloraError(f"tensors: {name} is {X.dtype}, which no adapter file holds")
+        if encodable(name) != name:
+            raise CsuloraError(f"tensors: {name!r} is no name in Unicode, which no file holds")
 
 
 def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
@@ -282,17 +300,19 @@ def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Sour
     """
     path = resolve_source(folder, HUB_PATTERNS)
     config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
-    return Source(path, name or folder_name(folder), sha256_file(weights), sha256_file(config))
+    config_digest = sha256_file(config, peft_config.CONFIG_LIMIT)
+    with open_safetensors(weights) as opened:
+        return Source(path, name or folder_name(folder), opened.hash(), config_digest)
 
 
 def folder_name(folder: str | os.PathLike[str]) -> str:
-    """The last part of a path or a hub id."""
-    return Path(os.path.abspath(folder)).name
+    """The last part of a path or a hub id, as text."""
+    return encodable(Path(os.path.abspath(folder)).name)
 
 
 def _weights_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
-    if weights.exists():
+    if os.path.lexists(weights):
         return inside(folder, WEIGHTS, folder)
     if (folder / PICKLE).exists():
         raise CsuloraError(
@@ -326,30 +346,3 @@ def _module(path: str | Path, name: str, factors: Factors, config: Mapping[str, 
     alpha = peft_config.module_alpha(config, name)
     s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
     return LoraModule(A=A, B=B, alpha=alpha, scaling=s, embedding=embedding)
-
-
-def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
-    """Files of the source folder to copy, by relative path, and those left out."""
-    copied: dict[str, Path] = {}
-    left_out: list[str] = []
-    if source is None:
-        return copied, left_out
-    for folder, folders, files in os.walk(source.folder, onerror=_raise):
-        links = [Path(folder) / name for name in folders if (Path(folder) / name).is_symlink()]
-        left_out += [str(link.relative_to(source.folder)) for link in links]
-        for file in files:
-            relative = str((Path(folder) / file).relative_to(source.folder))
-            if relative in (WEIGHTS, peft_config.FILE, REPORT):
-                continue
-            if file.startswith("adapter_model."):
-                left_out.append(relative)
-                continue
-            path = inside(source.folder, relative, source.folder)
-            if not path.is_file():
-                raise CsuloraError(f"{path}: not a regular file; refused")
-            copied[relative] = path
-    return copied, sorted(left_out)
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from csulora.errors import ChangedError, CsuloraError, ExistsError
 from csulora.files import peft_config
 from csulora.files.folders import check_folder
-from csulora.files.json import read_json
+from csulora.files.json import finite, load_json, read_json
 from csulora.files.plain import sha256_file
 from csulora.files.safetensors import open_safetensors
 from csulora.report import Report
@@ -45,15 +45,22 @@ def metadata_of(made: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", KEY: text}
 
 
-def mark_of(weights: Path) -> dict[str, Any]:
-    """What the mark in a weights file says, empty where there is none that can be read."""
+def mark_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the mark in the metadata of weights says, empty where there is none that can be read."""
     try:
-        with open_safetensors(weights) as handle:
-            text = (handle.metadata() or {}).get(KEY, "{}")
-        mark = json.loads(text)
-    except (CsuloraError, ValueError, RecursionError):
+        mark = load_json(metadata.get(KEY, "{}").encode(), parse_constant=finite)
+    except (ValueError, RecursionError):
         return {}
     return mark if isinstance(mark, dict) else {}
+
+
+def mark_of(weights: Path) -> dict[str, Any]:
+    """The mark in a weights file, empty also where it cannot be read."""
+    try:
+        with open_safetensors(weights) as file:
+            return mark_in(file.header.metadata)
+    except CsuloraError:
+        return {}
 
 
 def made_of(mark: Mapping[str, Any]) -> dict[str, Any]:

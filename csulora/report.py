@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -40,8 +41,8 @@ class _Energies:
                 numbers = list(_checked(dict, value, name).values())
                 if value.keys() != set(BLOCKS):
                     raise TypeError(f"{name} is {value!r}")
-            if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-                raise TypeError(f"{name} is {value!r}")
+            if not all(_is_figure(x, name) for x in numbers):
+                raise TypeError(f"{name} is no finite number")
         return entry
 
 
@@ -119,8 +120,10 @@ class Report:
             totals = Totals.from_dict(given["totals"])
             for kind, names in ((dict, _DICTS), (list, _LISTS)):
                 given |= {n: _checked(kind, given[n], n) for n in names if n in given}
+            if not all(isinstance(text, str) for n in _LISTS for text in given.get(n, ())):
+                raise TypeError("a list holds other things than text")
             return cls(**{**given, "modules": modules, "totals": totals})
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CsuloraError(f"not a report of this version: {error}") from None
 
     @property
@@ -128,6 +131,14 @@ class Report:
         """The strengths and choices it was made with; raises UsageError where it states others."""
         stated = {k: v for k, v in self.settings.items() if k not in ("dtype", "portable")}
         return Correction.from_dict(stated)
+
+
+def _is_figure(value: object, name: str) -> bool:
+    """Whether it is a finite number, for a relative figure one that a summary can hold as float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    largest = 3.4e38 if name.startswith("relative") else sys.float_info.max
+    return abs(value) <= largest
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:

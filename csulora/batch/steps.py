@@ -17,7 +17,7 @@ from csulora.adapter import LoraAdapter, identify, write_folder
 from csulora.batch.call import Done, Run
 from csulora.batch.sources import Item
 from csulora.errors import ChangedError, CsuloraError, DiskFullError, ExistsError, UsageError
-from csulora.files.folders import make_folders, recover_folders, writing
+from csulora.files.folders import check_no_links, make_folders, recover_folders, writing
 from csulora.files.locks import locked
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.folder import identity, standing
@@ -133,8 +133,10 @@ def write(run: Run, ready: Ready) -> Done:
     target = run.call.out_dir / job.item.target
     try:
         with writing(target):
+            check_no_links(run.call.out_dir, target.parent)
             make_folders(target.parent)
             with locked(target):
+                check_no_links(run.call.out_dir, target.parent)  # waiting may have taken long
                 # `csulora.correct_folder`, in another process, may have been at work on it as well.
                 if identity(target) != loaded.before:
                     done = _recognised(run, job, joined=True)

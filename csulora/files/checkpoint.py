@@ -13,7 +13,9 @@ from csulora.errors import CsuloraError
 from csulora.files.folders import inside
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
-from csulora.files.safetensors import open_safetensors, read_tensor
+from csulora.files.peft_config import CONFIG_LIMIT
+from csulora.files.safetensors import Header, open_safetensors, read_tensor
+from csulora.text import encodable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -29,6 +31,7 @@ class Weight:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, F16, ...
+    header: Header  # of its file, which must not have changed when the weight is read
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,18 @@ class Checkpoint:
             weights.update(_list_weights(file, names))
         config = folder / "config.json"
         return cls(
-            name=Path(os.path.abspath(folder)).name if Path(source).exists() else str(source),
+            name=encodable(
+                Path(os.path.abspath(folder)).name if Path(source).exists() else str(source)
+            ),
             folder=folder,
             weights=weights,
-            config=read_json(config) if config.exists() else {},
+            config=read_json(config, CONFIG_LIMIT) if os.path.lexists(config) else {},
         )
 
     def read(self, module: str) -> Tensor:
         """The weight of one module as stored: float32, bfloat16 or float16, on the CPU.
 
-        The file is opened for this one read, so that the pages of earlier weights can be dropped.
+        Raises CsuloraError also where the file has changed since the checkpoint was opened.
         """
         weight = self.weights[module]
         if weight.dtype not in FLOAT_DTYPES:
@@ -72,16 +77,15 @@ class Checkpoint:
                 f"{weight.file}: tensor {weight.name} is {weight.dtype}; "
                 "use an unquantized checkpoint in float32, bfloat16 or float16"
             )
-        with open_safetensors(weight.file) as handle:
-            return read_tensor(handle, weight.file, weight.name).clone()
+        return read_tensor(weight.header, weight.name)
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files of a folder, each with the names that the index promises (None: all)."""
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return {folder / SINGLE: None}
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise CsuloraError(
@@ -106,17 +110,15 @@ def _list_weights(file: Path, names: set[str] | None) -> dict[str, Weight]:
     if file.suffix != ".safetensors":
         raise CsuloraError(f"{file}: not a safetensors file; other formats are never read")
     found = {}
-    with open_safetensors(file) as handle:
-        present = set(handle.keys())
-        missing = sorted((names or set()) - present)
-        if missing:
-            raise CsuloraError(
-                f"{file}: the index promises tensor {missing[0]}, which is not there"
+    with open_safetensors(file) as opened:
+        header = opened.header
+    missing = sorted((names or set()) - header.entries.keys())
+    if missing:
+        raise CsuloraError(f"{file}: the index promises tensor {missing[0]}, which is not there")
+    for name in sorted(header.entries if names is None else names):
+        if name.endswith(".weight"):
+            entry = header.entries[name]
+            found[name.removesuffix(".weight")] = Weight(
+                name, file, entry.shape, entry.dtype, header
             )
-        for name in sorted(present if names is None else names):
-            if name.endswith(".weight"):
-                piece = handle.get_slice(name)
-                found[name.removesuffix(".weight")] = Weight(
-                    name, file, tuple(piece.get_shape()), piece.get_dtype()
-                )
     return found
