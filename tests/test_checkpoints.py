@@ -160,6 +160,8 @@ def test_portable_on_the_command_line_drops_the_copy_and_nothing_else(tmp_path, 
     assert result.code == 0, result.err
     assert "lm_head.base_layer.weight" in result.warnings[0]
     assert run(capsys, *call, "--portable", "--resume").code == 0
+    verify = ("verify", out, "--source", tmp_path, "--subspace", tmp_path / "s.safetensors")
+    assert run(capsys, *verify).code == 0
 
     edit_tensors(
         adapter / "adapter_model.safetensors", lambda t: t.update({"x.weight": torch.ones(2)})

@@ -210,6 +210,15 @@ def test_a_plot_replaces_no_file_of_another_kind(adapter, subspace, tmp_path, ca
     assert picture.stat().st_size > 1000
 
 
+def test_a_plot_of_names_that_look_like_formulas(tmp_path):
+    """matplotlib sets what stands between two dollars as mathematics, and fails where it is none."""
+    names = ("layers.$0^$.a$_^$", "layers.$1^$.b$_^$", "layers.2.a.$_^$", "layers.2.b.$_^$")
+    folder = builders.write_adapter(tmp_path / "$_^$", shapes=dict.fromkeys(names, (6, 5)))
+    loaded = csulora.LoraAdapter.load(folder)
+    report = csulora.decompose(loaded, builders.random_subspace(loaded))
+    plot_shares(report, tmp_path / "shares.png")
+
+
 def test_layers_count_in_their_natural_order():
     names = ["layers.10.q", "layers.2.q", "layers.2.k"]
     assert sorted(names, key=natural) == ["layers.2.k", "layers.2.q", "layers.10.q"]

@@ -16,8 +16,10 @@ from csulora.files.folders import inside
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
 from csulora.files.layouts import of_a_sense
+from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.quantised import PACKED, kind_of_config, kind_of_weight
-from csulora.files.safetensors import open_safetensors, read_tensor
+from csulora.files.safetensors import Header, open_safetensors, read_tensor
+from csulora.text import encodable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -39,6 +41,7 @@ class Weight:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, F16, ...
+    header: Header  # of its file, which must not have changed when the weight is read
     quantised: str = ""  # by which method, if it is
 
 
@@ -70,7 +73,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CsuloraError(f"{folder}: expected a checkpoint folder, found a file")
         config_file = folder / "config.json"
-        config = read_json(config_file) if config_file.exists() else {}
+        config = read_json(config_file, CONFIG_LIMIT) if os.path.lexists(config_file) else {}
         files, index = _files(folder, warn)
         weights: dict[str, Weight] = {}
         present: set[str] = set()
@@ -86,7 +89,9 @@ class Checkpoint:
                 f"in {absent[first].name}"
             )
         return cls(
-            name=Path(os.path.abspath(folder)).name if Path(source).exists() else str(source),
+            name=encodable(
+                Path(os.path.abspath(folder)).name if Path(source).exists() else str(source)
+            ),
             folder=folder,
             weights=weights | _tied_head(weights, config),
             promised={
@@ -100,7 +105,7 @@ class Checkpoint:
     def read(self, module: str) -> Tensor:
         """The weight of one module as stored: float32, bfloat16 or float16, on the CPU.
 
-        The file is opened for this one read, so that the pages of earlier weights can be dropped.
+        Raises CsuloraError also where the file has changed since the checkpoint was opened.
         """
         weight = self.weights[module]
         if weight.dtype not in FLOAT_DTYPES:
@@ -108,18 +113,17 @@ class Checkpoint:
                 f"{weight.file}: tensor {weight.name} is {weight.dtype}; "
                 "use an unquantized checkpoint in float32, bfloat16 or float16"
             )
-        with open_safetensors(weight.file) as handle:
-            return read_tensor(handle, weight.file, weight.name).clone()
+        return read_tensor(weight.header, weight.name)
 
 
 def _files(folder: Path, warn: Callable[[str], object]) -> tuple[list[Path], dict[str, Path]]:
     """Weight files of a folder, in the order in which transformers reads them, and the index."""
     index = folder / INDEX
-    if (folder / SINGLE).exists():
-        if index.exists() and _lists_shards(index):
+    if os.path.lexists(folder / SINGLE):
+        if os.path.lexists(index) and _lists_shards(index):
             warn(f"{folder}: holds {SINGLE} and {INDEX}; read is {SINGLE}, as by transformers")
         return [folder / SINGLE], {}
-    if not index.exists():
+    if not os.path.lexists(index):
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise CsuloraError(
@@ -152,21 +156,21 @@ def _list_weights(file: Path, method: str) -> tuple[set[str], dict[str, Weight]]
     if file.suffix != ".safetensors":
         raise CsuloraError(f"{file}: not a safetensors file; other formats are never read")
     found = {}
-    with open_safetensors(file) as handle:
-        present = set(handle.keys())
-        for name in sorted(present):
-            module, kind = name, ""
-            for suffix, packed in ((WEIGHT, ""), *PACKED.items()):
-                if name.endswith(suffix):
-                    module, kind = name.removesuffix(suffix), packed
-            if module == name or (kind and module + WEIGHT in present):
-                continue
-            piece = handle.get_slice(name)
-            dtype = piece.get_dtype()
-            kind = kind or kind_of_weight(module, dtype, present)
-            shape = tuple(piece.get_shape())
-            found[module] = Weight(name, file, shape, dtype, kind and (method or kind))
-    return present, found
+    with open_safetensors(file) as opened:
+        header = opened.header
+    present = header.entries
+    for name in sorted(present):
+        module, kind = name, ""
+        for suffix, packed in ((WEIGHT, ""), *PACKED.items()):
+            if name.endswith(suffix):
+                module, kind = name.removesuffix(suffix), packed
+        if module == name or (kind and module + WEIGHT in present):
+            continue
+        entry = present[name]
+        kind = kind or kind_of_weight(module, entry.dtype, present)
+        quantised = kind and (method or kind)
+        found[module] = Weight(name, file, entry.shape, entry.dtype, header, quantised)
+    return set(present), found
 
 
 def _tied_head(weights: Mapping[str, Weight], config: Mapping[str, object]) -> dict[str, Weight]:

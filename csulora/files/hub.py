@@ -14,6 +14,8 @@ def resolve_source(name: str | os.PathLike[str], patterns: list[str]) -> Path:
     path = Path(name)
     if path.exists():
         return path
+    if path.is_symlink():
+        raise CsuloraError(f"{name}: a link that leads nowhere")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise CsuloraError(f"{name}: no such folder")
     try:

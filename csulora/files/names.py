@@ -58,6 +58,18 @@ def ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def model_name(text: str) -> str:
+    """What a model is called, of a hub id or a path: its last part, or the id in a hub cache's path.
+
+    Organisations do not count: mirrors of a model have others.
+    """
+    parts = [part for part in re.split(r"[/\\]", text.strip()) if part not in ("", ".")]
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached and "snapshots" in parts:
+        parts = cached[-1].split("--")
+    return parts[-1] if parts else ""
+
+
 def pattern_value(pattern: dict[str, float], name: str, default: float) -> float:
     """The entry of a PEFT `rank_pattern` or `alpha_pattern` for a module name.
 

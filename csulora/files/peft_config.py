@@ -16,6 +16,7 @@ from csulora.files.json import parse_json
 from csulora.files.names import is_tame, pattern_regex, pattern_value
 
 FILE = "adapter_config.json"
+CONFIG_LIMIT = 16 << 20  # bytes of this file and of a model's configuration
 IN_MEMORY = "configuration"  # what errors call one that comes from no file
 
 # Variants under which B A is not the update of the weight, or not one update per weight. PEFT writes

@@ -1,9 +1,9 @@
-"""Tensor names of a PEFT LoRA file: which are updates B A of a linear weight, and which are not."""
+"""Tensor names of a PEFT LoRA file: which are updates B A of a weight, and which are not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,21 +13,36 @@ from csulora.files.peft_config import module_rank
 PREFIX = "base_model.model."
 
 
-def factor_name(module: str, side: str) -> str:
+class Factors(NamedTuple):
+    """What a file holds of one LoRA module: "A", "B" or both, and of which kind they are."""
+
+    sides: dict[str, Tensor]
+    embedding: bool
+
+
+def factor_name(module: str, side: str, embedding: bool) -> str:
     """The name of a module's factor "A" or "B" in an adapter file."""
-    return f"{PREFIX}{module}.lora_{side}.weight"
+    return f"{PREFIX}{module}.{factor_word(side, embedding)}{'' if embedding else '.weight'}"
+
+
+def factor_word(side: str, embedding: bool) -> str:
+    """What PEFT calls a factor: those of an embedding are parameters, not layers."""
+    return f"lora_embedding_{side}" if embedding else f"lora_{side}"
 
 
 def sort_out(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, int]]:
-    """Linear LoRA factors "A" and "B" by module; all other tensors; and other LoRA modules' ranks."""
-    factors: dict[str, dict[str, Tensor]] = {}
+) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, int]]:
+    """LoRA factors by module; all other tensors; and the ranks of the LoRA modules among those."""
+    linear: dict[str, dict[str, Tensor]] = {}
+    embedded: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
         if key.startswith(PREFIX) and module and side in ("A.weight", "B.weight"):
-            factors.setdefault(module, {})[side[0]] = tensor
+            linear.setdefault(module, {})[side[0]] = tensor
+        elif key.startswith(PREFIX) and module and side in ("embedding_A", "embedding_B"):
+            embedded.setdefault(module, {})[side[-1]] = tensor
         else:
             others[key] = tensor
     with_magnitude = {
@@ -35,23 +50,25 @@ def sort_out(
         for key in others
         if ".lora_magnitude_vector" in key
     }
-    linear: dict[str, dict[str, Tensor]] = {}
+    updates: dict[str, Factors] = {}
     other_ranks: dict[str, int] = {}
-    for name, pair in factors.items():
+    found = [(name, Factors(sides, False)) for name, sides in linear.items()]
+    found += [(name, Factors(sides, True)) for name, sides in embedded.items()]
+    for name, factors in found:
+        sides, embedding = factors
         plain = not (
-            config.get("use_dora") or name in with_magnitude or _is_expert(name, pair, config)
+            config.get("use_dora")
+            or name in with_magnitude
+            or (name in linear and name in embedded)  # no module of PEFT's is both
+            or (not embedding and _is_expert(name, sides, config))
         )
-        if plain and all(tensor.dim() == 2 for tensor in pair.values()):
-            linear[name] = pair
+        if plain and all(tensor.dim() == 2 for tensor in sides.values()):
+            updates[name] = factors
             continue
         other_ranks[name] = module_rank(config, name)
-        for side, tensor in pair.items():
-            others[factor_name(name, side)] = tensor
-    for key in others:
-        if ".lora_embedding_A" in key:
-            name = key.removeprefix(PREFIX).partition(".lora_embedding_A")[0]
-            other_ranks[name] = module_rank(config, name)
-    return linear, others, other_ranks
+        for side, tensor in sides.items():
+            others[factor_name(name, side, embedding)] = tensor
+    return updates, others, other_ranks
 
 
 def _is_expert(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,13 @@ from csulora.files.peft_config import alpha_for_rank, portable_config
 from csulora.method import in_float64
 from csulora.method.stages import Cores
 from csulora.pipeline.memory import Layout, allocate, balance, store
-from csulora.pipeline.plan import Member, Plan
+from csulora.pipeline.plan import Member, Plan, other_model
 from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 from csulora.text import listed
+from csulora.version import MADE_BY
 
 Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
 
@@ -41,7 +43,7 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     if portable_rank is not None:
         config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
-    adapter = replace(plan.source, modules=ordered, config=config)
+    adapter = replace(plan.source, modules=ordered, config=config, made=_made(plan, report))
     return replace(adapter, config=adapter.written_config()), report
 
 
@@ -56,6 +58,7 @@ def provenance(
 ) -> dict[str, dict[str, Any]]:
     """What, besides the source, determines a result, as the report states it."""
     return {
+        "made_by": dict(MADE_BY),
         "settings": {
             **correction.to_dict(),
             "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
@@ -105,7 +108,7 @@ def _module(
     old, (B, A) = member.module, pair
     rslora = bool(plan.source.config.get("use_rslora"))
     alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
-    new = LoraModule(A=A, B=B, alpha=alpha, scaling=old.scaling)
+    new = replace(old, A=A, B=B, alpha=alpha)
     if portable_rank is not None:
         new = new.portable(portable_rank)
     B, A = new.B, new.A
@@ -113,6 +116,13 @@ def _module(
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
     return replace(new, B=into[0], A=into[1])
+
+
+def _made(plan: Plan, report: Report) -> dict[str, Any]:
+    """What the file will say of how it was made."""
+    before = {"before": plan.source.made} if plan.source.made else {}
+    made = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
+    return copy.deepcopy(made | before)
 
 
 def _report(plan: Plan, solved: Solved) -> Report:
@@ -134,11 +144,17 @@ def _report(plan: Plan, solved: Solved) -> Report:
         warnings.append(
             f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
         )
-    source = plan.source.source
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
+    other = other_model(plan.source.config, made["subspace"])
+    if other is not None:
+        warnings.append(other)
+    if plan.source.made:
+        warnings.append("the adapter had been corrected before")
+    source = plan.source.source
     return Report(
         modules=modules,
         totals=total,
+        made_by=made["made_by"],
         settings=made["settings"],
         subspace=made["subspace"],
         source={} if source is None else source.to_dict(),
