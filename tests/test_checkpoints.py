@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tolerances import TOLERANCES
 
 from csulora import Correction, CsuloraError, LoraAdapter, SafetySubspace, correct, estimate
+from csulora.settings import FORMS
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -147,6 +148,29 @@ def test_output_head(kind, portable, tmp_path):
     wanted = oracle.correct(raw, U[:, :K], Vt[:K].mT, Correction().strengths, "direction")
     found = head_update(aligned, tmp_path / "new")
     assert float((found - wanted).norm()) <= TOLERANCES[torch.float32] * float(wanted.norm())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_embeddings_whose_update_is_tied_to_the_head(form, tmp_path):
+    """PEFT loads the head's factors for both: the report and the file have to say the same of either."""
+    model = llama(tie_word_embeddings=True)
+    pair = write_pair(tmp_path, model)
+    adapter = head_adapter(model, tmp_path / "adapter", ensure_weight_tying=True)
+    subspace = estimate(*pair, rank=K, like=adapter)
+    correction = Correction(lambda_left=100, lambda_right=0, form=form)
+    new, report = correct(LoraAdapter.load(adapter), subspace, correction)
+    new.save(tmp_path / "new")
+    loaded = peft.PeftModel.from_pretrained(
+        read(model, pair[1])[0], tmp_path / "new"
+    ).base_model.model
+    head = loaded.lm_head.get_delta_weight("default").detach()
+    assert torch.equal(head, loaded.model.embed_tokens.get_delta_weight("default").detach())
+    for name, found in (("lm_head", head), ("model.embed_tokens", head.mT)):
+        module = new.modules[name]
+        error = float((module.scaling * module.B @ module.A - found).norm() / found.norm())
+        assert error <= (1e-2 if form == "same" else TOLERANCES[torch.float32])
+    left, right = (report.modules[n].relative_change for n in ("lm_head", "model.embed_tokens"))
+    assert left == pytest.approx(right, rel=1e-2)
 
 
 def test_portable_on_the_command_line_drops_the_copy_and_nothing_else(tmp_path, out, capsys):

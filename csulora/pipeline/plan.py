@@ -123,9 +123,31 @@ def _members(
         _is_turned(module, subspace.modules[matches[name]])
         for name, module in adapter.modules.items()
     )
+    head = next((m for name, m in adapter.modules.items() if ends_with(name, "lm_head")), None)
+    over = replace(
+        correction, lambda_left=correction.lambda_right, lambda_right=correction.lambda_left
+    )
     return tuple(
-        _member(name, module, matches[name], subspace, turned, correction)
+        _member(
+            name,
+            module,
+            matches[name],
+            subspace,
+            turned,
+            over if _is_tied(module, head) else correction,
+        )
         for name, module in adapter.modules.items()
+    )
+
+
+def _is_tied(module: LoraModule, head: LoraModule | None) -> bool:
+    """Whether an embedding's update is the output head's turned over, as PEFT's `ensure_weight_tying` has
+    it: PEFT loads the head's factors for both, so that left and right have to mean the same sides."""
+    return (
+        module.embedding
+        and head is not None
+        and torch.equal(module.A, head.B.mT)
+        and torch.equal(module.B, head.A.mT)
     )
 
 
