@@ -18,6 +18,7 @@ from csulora.files import peft_config
 from csulora.files.folders import check_apart, check_folder, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
+from csulora.files.peft_ranks import Rules, scaling
 from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
 from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
 from csulora.files.safetensors import (
@@ -90,8 +91,8 @@ class LoraAdapter:
     modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights.
     config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
-    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
-        convolutions, ...).
+    passed_through_ranks: ranks of the LoRA modules among them (DoRA, embeddings, convolutions, ...), by
+        the name with which PEFT looks into rank_pattern.
     """
 
     modules: dict[str, LoraModule]
@@ -171,7 +172,8 @@ class LoraAdapter:
         pass_through: bool,
         source: Source | None,
     ) -> LoraAdapter:
-        linear, others, ranks = sort_out(tensors, config)
+        rules = Rules(where, config)
+        linear, others, ranks = sort_out(where, tensors, config, rules)
         if others and not pass_through:
             raise CsuloraError(
                 f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight: "
@@ -179,7 +181,7 @@ class LoraAdapter:
             )
         if not linear and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
-        modules = {name: _module(where, name, linear[name], config) for name in sorted(linear)}
+        modules = {name: _module(where, name, linear[name], rules) for name in sorted(linear)}
         return cls(modules, config, others, ranks, source)
 
     @property
@@ -198,14 +200,16 @@ class LoraAdapter:
     def written_config(self) -> dict[str, Any]:
         """The configuration under which PEFT gives every module its own rank and alpha.
 
-        `config` itself where that is so already; patterns and defaults of a changed adapter otherwise.
+        `config` where that is so already; for a changed adapter its values are scaled and its keys stay.
+        Biases are mentioned where there are some. Raises CsuloraError where no configuration can say it.
         """
-        ranks = {name: module.rank for name, module in self.modules.items()}
-        alphas = {name: module.alpha for name, module in self.modules.items()}
-        for name in self.passed_through_ranks:
-            alphas[name] = peft_config.module_alpha(self.config, name)
-        config = copy.deepcopy(self.config)
-        return peft_config.corrected_config(config, ranks | self.passed_through_ranks, alphas)
+        return peft_config.corrected_config(
+            copy.deepcopy(self.config),
+            {name: module.rank for name, module in self.modules.items()},
+            {name: module.alpha for name, module in self.modules.items()},
+            self.passed_through,
+            self.passed_through_ranks,
+        )
 
     def save(
         self,
@@ -285,29 +289,22 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _module(
-    path: str | Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> LoraModule:
-    for side, other in (("A", "B"), ("B", "A")):
-        if side not in pair:
-            raise CsuloraError(f"{path}: {factor_name(name, other)} has no lora_{side}")
-        if pair[side].dtype not in DTYPES:
+def _module(path: str | Path, name: str, pair: Mapping[str, Tensor], rules: Rules) -> LoraModule:
+    A, B = pair["A"], pair["B"]
+    for side, tensor in pair.items():
+        if tensor.dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {factor_name(name, side)} is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side)} is {tensor.dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
-    A, B = pair["A"], pair["B"]
-    rank = peft_config.module_rank(config, name)
-    if A.shape[0] != rank or B.shape[1] != rank:
+    alphas = rules.alphas(name, A.shape[0])
+    if A.shape[0] != B.shape[1] or not alphas:
         raise CsuloraError(
             f"{path}: {PREFIX}{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit "
-            f"rank {rank} of {peft_config.FILE}"
+            f"rank {rules.rank(name)} of {peft_config.FILE}"
         )
-    if not A.shape[1] or not B.shape[0]:
-        raise CsuloraError(f"{path}: {PREFIX}{name}: empty factors")
-    alpha = peft_config.module_alpha(config, name)
-    s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
-    return LoraModule(A=A, B=B, alpha=alpha, scaling=s)
+    s = scaling(alphas[0], A.shape[0], rules.rslora)
+    return LoraModule(A=A, B=B, alpha=alphas[0], scaling=s)
 
 
 def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from csulora.adapter import LoraAdapter, LoraModule
-from csulora.files.peft_config import alpha_for_rank, portable_config
+from csulora.errors import CsuloraError
+from csulora.files.peft_config import FILE, portable_config
+from csulora.files.peft_ranks import alpha_for_rank, check_alphas
 from csulora.method import in_float64
 from csulora.method.stages import Cores
 from csulora.pipeline.memory import Layout, allocate, balance, store
@@ -17,6 +19,7 @@ from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
+from csulora.text import listed
 
 Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
 
@@ -24,8 +27,14 @@ Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in
 def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     """The corrected adapter and what was done to it.
 
-    Raises CsuloraError where a result, or an energy, is out of range.
+    Raises CsuloraError where a result, or an energy, is out of range, and where there is nothing to
+    correct or no configuration to say the result with.
     """
+    if not plan.members:
+        raise CsuloraError(
+            "no module could be corrected: none of its tensors is a LoRA update on a linear weight: "
+            f"{listed(plan.source.passed_through)}"
+        )
     careful = _solve_in_float64(plan, solved)
     report = _report(plan, solved)
     portable_rank = plan.portable_rank
@@ -38,6 +47,7 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
     config = plan.source.config
     if portable_rank is not None:
+        check_alphas(FILE, config, {member.name: member.module.rank for member in plan.members})
         config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
     adapter = replace(plan.source, modules=ordered, config=config)

@@ -282,8 +282,6 @@ def test_ambiguous_suffix(tmp_path, adapter, out, capsys):
 
 # What PEFT trains besides B A: copied byte for byte if asked to, listed, and the rest corrected.
 PASSED_THROUGH = {
-    "dora": 3,  # the magnitude and both factors it belongs to
-    "dora-by-config": 4,
     "modules-to-save": 1,
     "embedding": 2,
     "lora-bias": 1,
