@@ -197,11 +197,12 @@ class LoraAdapter:
             tensors[factor_name(name, "B")] = module.B
         return tensors
 
-    def written_config(self) -> dict[str, Any]:
+    def written_config(self, before: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The configuration under which PEFT gives every module its own rank and alpha.
 
         `config` where that is so already; for a changed adapter its values are scaled and its keys stay.
-        Biases are mentioned where there are some. Raises CsuloraError where no configuration can say it.
+        Biases are mentioned where there are some. before: the ranks that the modules had under `config`,
+        where it is that of another adapter. Raises CsuloraError where no configuration can say it.
         """
         return peft_config.corrected_config(
             copy.deepcopy(self.config),
@@ -209,6 +210,7 @@ class LoraAdapter:
             {name: module.alpha for name, module in self.modules.items()},
             self.passed_through,
             self.passed_through_ranks,
+            before,
         )
 
     def save(

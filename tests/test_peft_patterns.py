@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from csulora import Correction, CsuloraError, LoraAdapter, correct
+from csulora import Correction, CsuloraError, LoraAdapter, LoraModule, correct
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -172,6 +172,40 @@ def test_a_convolution_beside_modules_that_were_nested_anew(tmp_path):
     assert new.config["rank_pattern"] == {"patch_embedding": 2}
 
 
+@pytest.mark.parametrize("case", ["old names in full", "new names in full", "short rank"])
+def test_modules_left_as_they_are_beside_others_that_were_nested_anew(tmp_path, case):
+    """Also where PEFT gives a module another alpha than its name in the file would."""
+    folder = write(gemma(), tmp_path / "adapter", target_modules=TARGETS, **KEYS[case])
+    rename(folder, NEW, OLD)
+    adapter = LoraAdapter.load(folder)
+    new, _ = correct(adapter, builders.random_subspace(adapter))
+    left = [f"{OLD}layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    modules = new.modules | {name: adapter.modules[name] for name in left}
+    replace(new, modules=modules, config=adapter.config).save(tmp_path / "partly")
+    new.save(tmp_path / "new")
+    before, partly, whole = (
+        updates(gemma(), tmp_path / name) for name in ("adapter", "partly", "new")
+    )
+    for name in before:
+        wanted = before if name.replace(NEW, OLD) in left else whole
+        torch.testing.assert_close(partly[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_put_together_by_hand(tmp_path):
+    """Ranks and alphas of its own, which its configuration does not know."""
+    folder = write(Nested(), tmp_path / "adapter", target_modules=["proj", "fc"], r=3)
+    adapter = LoraAdapter.load(folder)
+    modules = {
+        name: LoraModule(torch.randn(i, m.A.shape[1]), torch.randn(m.B.shape[0], i), i * s, s)
+        for i, (name, m) in enumerate(adapter.modules.items(), start=1)
+        for s in (0.5 + i % 3,)
+    }
+    LoraAdapter(modules, adapter.config).save(tmp_path / "made")
+    for name, update in updates(Nested(), tmp_path / "made").items():
+        module = modules[name]
+        torch.testing.assert_close(update.float(), module.scaling * module.B @ module.A)
+
+
 def test_the_portable_form_of_a_key_that_means_two_things(tmp_path):
     """One form has to say what the scaling is; where that depends on the name, it cannot."""
     for case, ambiguous in (("old names in full", True), ("anchored", True), ("short", False)):
@@ -280,7 +314,7 @@ def test_random_patterns(tmp_path, others):
         adapter = LoraAdapter.load(folder, pass_through=bool(others))
         assert bool(adapter.passed_through) == bool(others)
         subspace = builders.random_subspace(adapter, rank=2)
-            new, _ = correct(adapter, subspace)
+        new, _ = correct(adapter, subspace)
         check(Nested, folder, tmp_path / f"out{i}", new, subspace)
         left = generator.sample(sorted(new.modules), 3)
         modules = {n: adapter.modules[n] if n in left else m for n, m in new.modules.items()}

@@ -91,6 +91,7 @@ def corrected_config(
     alphas: Mapping[str, float],
     others: Mapping[str, Tensor],
     kept: Iterable[str],
+    before: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The configuration under which PEFT gives modules these ranks and alphas, see `rescaled`.
 
@@ -106,7 +107,7 @@ def corrected_config(
         new["bias"] = "none"
     if "lora_bias" in new and not lora_biases:
         new["lora_bias"] = False
-    return new | rescaled(FILE, config, ranks, alphas, kept)
+    return new | rescaled(FILE, config, ranks, alphas, kept, before)
 
 
 def portable_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:

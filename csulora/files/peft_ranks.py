@@ -23,7 +23,6 @@ _MOVED = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("visual.", "model.visual."),
 )
-_MOST_RATIOS = 8  # that are tried; adapters are made with one or two
 
 
 class Rules:
@@ -89,31 +88,37 @@ def rescaled(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     kept: Iterable[str],
+    before: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The fields of a configuration that change so that PEFT gives modules these ranks and alphas.
 
     The user's keys stay, as PEFT may match them with other names than the file's, and all values are
-    scaled alike; keys for modules that this does not suit come first. `kept`: names as PEFT knows them
-    of what else is in the file, which keeps the rank and alpha that it has.
+    scaled alike; keys for modules that this does not suit come first.
+
+    kept: names as PEFT knows them of what else is in the file, which keeps the rank and alpha it has.
+    before: the ranks that modules had under this configuration, where that is known.
 
     Raises CsuloraError where no configuration can say so.
     """
     rules = Rules(where, config)
-    names = {module: rules.names(module) for module in ranks}
-    others = [name for known in kept for name in _moved(known)]
-    new: dict[str, Any] = {}
-    for pattern, wanted in ((rules.rank, ranks), (rules.alpha, alphas)):
-        if not all(_fits(pattern, names[module], value) for module, value in wanted.items()):
-            scaled = _best(pattern, wanted, names)
-            special = _special(pattern, scaled, wanted, names, others)
-            usual = {
-                *others,
-                *(name for module in wanted for name in names[module]),
-            } - special.keys()
-            final = _with_keys(where, scaled, special, usual)
-            default = "r" if pattern is rules.rank else "lora_alpha"
-            new |= {default: final.default, pattern.field: dict(final.values)}
-    return new
+    old = {m: _rank_before(rules, m, (before or ranks)[m]) for m in ranks}
+    rank, alpha = _scaled(rules, [Fraction(ranks[m], old[m]) for m in ranks])
+    names = {m: [name for name in rules.names(m) if rules.rank(name) == old[m]] for m in ranks}
+    special = {name: (rules.rank(name), rules.alpha(name)) for n in kept for name in _moved(n)}
+    usual = set()
+    for m in ranks:
+        if _gives(rank, alpha, names[m], ranks[m], alphas[m]):
+            usual |= set(names[m])
+        elif _gives(rules.rank, rules.alpha, names[m], ranks[m], alphas[m]):
+            special |= {name: (rules.rank(name), rules.alpha(name)) for name in names[m]}
+        else:
+            special |= dict.fromkeys(names[m], (ranks[m], alphas[m]))
+    rank = _with_keys(where, rank, {name: value for name, (value, _) in special.items()}, usual)
+    alpha = _with_keys(where, alpha, {name: value for name, (_, value) in special.items()}, usual)
+    new = {"r": rank.default, "rank_pattern": dict(rank.values)}
+    new |= {"lora_alpha": alpha.default, "alpha_pattern": dict(alpha.values)}
+    same = all(value == (config.get(field) or type(value)()) for field, value in new.items())
+    return {} if same else new
 
 
 def check_alphas(where: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
@@ -131,42 +136,43 @@ def check_alphas(where: str, config: Mapping[str, Any], ranks: Mapping[str, int]
             )
 
 
-def _fits(pattern: Pattern, names: Iterable[str], value: float) -> bool:
-    return any(_same(pattern(name), value) for name in names)
+def _rank_before(rules: Rules, module: str, rank: int) -> int:
+    """This rank, where the configuration gives it to the module under any name, else the one it gives."""
+    return rank if rules.alphas(module, rank) else int(rules.rank(module))
+
+
+def _scaled(rules: Rules, factors: Iterable[Fraction]) -> tuple[Pattern, Pattern]:
+    """Ranks and alphas of all names times the factor that suits most modules, scalings as they were."""
+    counts = Counter(factors)
+    for factor in sorted(counts, key=lambda factor: (-counts[factor], -factor)):
+        rank = _times(rules.rank, factor)
+        alpha = _times(rules.alpha, math.sqrt(factor) if rules.rslora else factor)
+        if (
+            rank
+            and alpha
+            and all(isinstance(r, int) for r in (rank.default, *rank.values.values()))
+        ):
+            return rank, alpha
+    return rules.rank, rules.alpha
+
+
+def _gives(
+    rank: Pattern, alpha: Pattern, names: Iterable[str], wanted_rank: int, wanted_alpha: float
+) -> bool:
+    return any(rank(n) == wanted_rank and _same(alpha(n), wanted_alpha) for n in names)
 
 
 def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-9)
 
 
-def _best(pattern: Pattern, wanted: Mapping[str, float], names: Mapping[str, list[str]]) -> Pattern:
-    """The pattern with all values times the ratio that suits most modules."""
-    pairs = Counter((v, pattern(name)) for m, v in wanted.items() for name in names[m])
-    ratios: dict[float, Fraction | float] = {}
-    for (value, old), _ in pairs.most_common():
-        if old:
-            whole = isinstance(value, int) and isinstance(old, int)
-            ratio = Fraction(int(value), int(old)) if whole else value / old
-            ratios.setdefault(round(float(ratio), 12), ratio)
-    candidates = [pattern]
-    for ratio in list(ratios.values())[:_MOST_RATIOS]:
-        if (scaled := _times(pattern, ratio)) is not None:
-            candidates.append(scaled)
-    return max(
-        candidates,
-        key=lambda it: (sum(_fits(it, names[m], value) for m, value in wanted.items()), it.default),
-    )
-
-
 def _times(pattern: Pattern, ratio: Fraction | float) -> Pattern | None:
-    """The pattern with its values scaled, None where one is out of range or a rank no whole number."""
+    """The pattern with its values scaled, None where one is out of range."""
     try:
         values = {key: _product(value, ratio) for key, value in pattern.values.items()}
-        default = _product(pattern.default, ratio)
+        return pattern.replaced(values, _product(pattern.default, ratio))
     except OverflowError:
         return None
-    whole = all(isinstance(value, int) for value in (default, *values.values()))
-    return pattern.replaced(values, default) if whole or pattern.field != "rank_pattern" else None
 
 
 def _product(value: float, ratio: Fraction | float) -> float:
@@ -176,33 +182,18 @@ def _product(value: float, ratio: Fraction | float) -> float:
     return float(product)
 
 
-def _special(
-    pattern: Pattern,
-    scaled: Pattern,
-    wanted: Mapping[str, float],
-    names: Mapping[str, list[str]],
-    others: Iterable[str],
-) -> dict[str, float]:
-    """Values by name for what the scaled pattern gives another value than it is to have."""
-    special = {name: pattern(name) for name in others if not _same(scaled(name), pattern(name))}
-    for module, value in wanted.items():
-        if _fits(scaled, names[module], value):
-            continue
-        unchanged = _fits(pattern, names[module], value)
-        special |= {name: pattern(name) if unchanged else value for name in names[module]}
-    return special
-
-
 def _with_keys(
-    where: str, scaled: Pattern, special: Mapping[str, float], usual: Collection[str]
+    where: str, scaled: Pattern, values: Mapping[str, float], usual: Collection[str]
 ) -> Pattern:
-    """The scaled pattern with keys for the special names before the others."""
+    """The scaled pattern with keys for names that are to have other values before the others."""
+    special = {name: value for name, value in values.items() if not _same(scaled(name), value)}
     if not special:
         return scaled
-    keys = _keys(special, usual)
-    values = keys | {key: value for key, value in scaled.values.items() if key not in keys}
-    final = Pattern(where, scaled.field, values, scaled.default)
-    for name in (*special, *usual):
+    others = {*usual, *values} - special.keys()
+    keys = _keys(special, others)
+    rest = {key: value for key, value in scaled.values.items() if key not in keys}
+    final = Pattern(where, scaled.field, keys | rest, scaled.default)
+    for name in (*special, *others):
         if not _same(final(name), special[name] if name in special else scaled(name)):
             raise CsuloraError(
                 f"{where}: no key of {scaled.field} tells {name} from all other modules, so its "

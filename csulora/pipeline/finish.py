@@ -45,13 +45,8 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
         into = memory[member.name]
         pair = _factors(member, i, solved, careful, None if plan.portable else into)
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
-    config = plan.source.config
-    if portable_rank is not None:
-        check_alphas(FILE, config, {member.name: member.module.rank for member in plan.members})
-        config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
-    adapter = replace(plan.source, modules=ordered, config=config)
-    return replace(adapter, config=adapter.written_config()), report
+    return _with_config(plan, replace(plan.source, modules=ordered)), report
 
 
 def report(plan: Plan, solved: Solved) -> Report:
@@ -122,6 +117,16 @@ def _module(
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
     return replace(new, B=into[0], A=into[1])
+
+
+def _with_config(plan: Plan, adapter: LoraAdapter) -> LoraAdapter:
+    """The new adapter, which still has its source's configuration, with its own."""
+    before = {member.name: member.module.rank for member in plan.members}
+    if plan.portable_rank is None:
+        return replace(adapter, config=adapter.written_config(before))
+    check_alphas(FILE, adapter.config, before)
+    adapter = replace(adapter, config=portable_config(adapter.config, plan.portable_rank))
+    return replace(adapter, config=adapter.written_config())
 
 
 def _report(plan: Plan, solved: Solved) -> Report:
