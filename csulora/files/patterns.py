@@ -58,11 +58,13 @@ class Pattern:
 
     def __call__(self, name: str) -> float:
         """The value for a module name: that of the first key that matches, by PEFT's rule."""
-        key = self.key(name)
+        key = self.key(name) if self.values else None
         return self.default if key is None else self.values[key]
 
     def key(self, name: str) -> str | None:
         """The first key that matches a module name. Raises CsuloraError where that takes too long."""
+        if "\n" in name:  # where a line ends, Python's expressions have rules of their own
+            raise CsuloraError(f"{self._place}: no key can be matched with {name!r}")
         found, work = self._literals.first(name)
         self._work += work
         for index, automaton in self._automata:

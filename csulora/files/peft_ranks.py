@@ -102,7 +102,7 @@ def rescaled(
     """
     rules = Rules(where, config)
     old = {m: _rank_before(rules, m, (before or ranks)[m]) for m in ranks}
-    rank, alpha = _scaled(rules, [Fraction(ranks[m], old[m]) for m in ranks])
+    rank, alpha = _scaled(rules, Counter((ranks[m], old[m]) for m in ranks))
     names = {m: [name for name in rules.names(m) if rules.rank(name) == old[m]] for m in ranks}
     special = {name: (rules.rank(name), rules.alpha(name)) for n in kept for name in _moved(n)}
     usual = set()
@@ -141,9 +141,14 @@ def _rank_before(rules: Rules, module: str, rank: int) -> int:
     return rank if rules.alphas(module, rank) else int(rules.rank(module))
 
 
-def _scaled(rules: Rules, factors: Iterable[Fraction]) -> tuple[Pattern, Pattern]:
-    """Ranks and alphas of all names times the factor that suits most modules, scalings as they were."""
-    counts = Counter(factors)
+def _scaled(rules: Rules, changes: Mapping[tuple[int, int], int]) -> tuple[Pattern, Pattern]:
+    """Ranks and alphas of all names times the factor that suits most modules, scalings as they were.
+
+    changes: how many modules have which rank now and which before.
+    """
+    counts: Counter[Fraction] = Counter()
+    for (now, before), count in changes.items():
+        counts[Fraction(now, before)] += count
     for factor in sorted(counts, key=lambda factor: (-counts[factor], -factor)):
         rank = _times(rules.rank, factor)
         alpha = _times(rules.alpha, math.sqrt(factor) if rules.rslora else factor)

@@ -118,7 +118,7 @@ def _paired(
 def _check_module(where: str | Path, key: str, module: str) -> None:
     if "base_model" in module.split("."):
         raise CsuloraError(f"{where}: {key} does not begin with {PREFIX} as PEFT's names do")
-    if not module.isprintable() or not all(module.split(".")) or len(module) > LONGEST_NAME:
+    if not all(module.split(".")) or len(module) > LONGEST_NAME:
         raise CsuloraError(f"{where}: {key} does not name a module")
 
 

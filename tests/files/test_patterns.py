@@ -174,6 +174,11 @@ def test_many_keys_end_soon(case):
     assert time.process_time() - start < 6
 
 
+def test_a_name_of_two_lines_meets_no_keys():
+    with pytest.raises(CsuloraError, match="no key can be matched with"):
+        first(["a"], "b.\na")
+
+
 def test_one_key_with_four_stars_meets_a_long_name():
     start = time.process_time()
     assert first([r".*a.*a.*a.*!"], "a." * 480 + "a") != ".*a.*a.*a.*!"
