@@ -67,10 +67,13 @@ class Recipe:
         return provenance(subspace, self.correction, self.dtype, self.portable)
 
     def load(self, source: str | os.PathLike[str], *, name: str | None = None) -> LoraAdapter:
-        """The adapter in memory, where the device can fetch it without waiting."""
+        """The adapter in memory, where the device can fetch it without waiting.
+
+        What the portable form does about tensors that are no updates is up to the plan.
+        """
         on_gpu = pick_device(self.device).type == "cuda"
         return LoraAdapter.load(
-            source, pass_through=self.pass_through, pin_memory=on_gpu, name=name
+            source, pass_through=self.pass_through or self.portable, pin_memory=on_gpu, name=name
         )
 
     def correct(

@@ -113,14 +113,15 @@ def _recomputed(
 ) -> list[str]:
     """Where the output is not what the correction gives now."""
     settings, rank = report.settings, report.subspace.get("rank")
-    keep = settings.get("dtype") == "keep"
-    adapter = LoraAdapter.load(source, pass_through=bool(report.passed_through))
+    keep, portable = settings.get("dtype") == "keep", bool(settings.get("portable"))
+    # The portable form leaves out what the source may hold beside updates, or refuses it.
+    adapter = LoraAdapter.load(source, pass_through=bool(report.passed_through) or portable)
     wanted, _ = correct(
         adapter,
         subspace if rank == subspace.rank or not rank else subspace.leading(rank),
         report.correction,
         dtype=None if keep else getattr(torch, str(settings.get("dtype"))),
-        portable=bool(settings.get("portable")),
+        portable=portable,
         again=True,
         backend=backend,
         device=device,

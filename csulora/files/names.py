@@ -7,12 +7,20 @@ from collections.abc import Collection, Iterable
 
 from csulora.errors import CsuloraError
 
+SEE_LIKE = (
+    "these have to be among the modules of the subspace and of the checkpoints: "
+    "see csulora estimate --like"
+)
 
-def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> dict[str, str]:
+
+def match_modules(
+    wanted: Iterable[str], known: Collection[str], where: str, remedy: str = SEE_LIKE
+) -> dict[str, str]:
     """Map each wanted module name to a known one: the same name, else a unique suffix.
 
     One name is a suffix of the other when it ends it at a dot, so `transformer.h.0.mlp.c_fc` of a
-    model class matches `h.0.mlp.c_fc` of its checkpoint. `where` names the place of `known` in errors.
+    model class matches `h.0.mlp.c_fc` of its checkpoint. Errors begin with `where`, the place of `known`,
+    and end with `remedy`.
 
     Raises CsuloraError that lists every name without a match, with several, or sharing one.
     """
@@ -39,8 +47,7 @@ def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> 
     if problems:
         shown = ", ".join(problems[:8]) + (f", and {len(problems) - 8} more" * (len(problems) > 8))
         raise CsuloraError(
-            f"{where}: no unique match for {len(problems)} module(s): {shown}; these have to be among "
-            "the modules of the subspace and of the checkpoints: see csulora estimate --like"
+            f"{where}: no unique match for {len(problems)} module(s): {shown}; {remedy}"
         )
     return matched
 

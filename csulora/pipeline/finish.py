@@ -155,6 +155,10 @@ def _report(plan: Plan, solved: Solved) -> Report:
             f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
             f"off-subspace: {', '.join(empty[:3])}"
         )
+    if plan.left_out:
+        warnings.append(
+            f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
+        )
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
     other = other_model(plan.source.config, made["subspace"])
     if other is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.names import match_modules, model_name
+from csulora.files.layouts import match_layouts
+from csulora.files.names import SEE_LIKE, ends_with, model_name
+from csulora.files.peft_tensors import PREFIX
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -43,6 +46,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype | None  # of the new factors, None: each factor's own
     portable: bool
     members: tuple[Member, ...]  # in the order of the adapter's modules
+    left_out: tuple[str, ...] = ()  # tensors of the adapter that the portable form goes without
 
     @classmethod
     def of(
@@ -59,15 +63,18 @@ class Plan(NamedTuple):
             raise CsuloraError(
                 f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
             )
-        if portable and source.passed_through:
+        left_out = _base_copies(source) if portable else ()
+        kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
+        if portable and kept:
             raise CsuloraError(
-                "the portable form cannot hold passed-through tensors: "
-                f"{listed(source.passed_through)}"
+                f"the portable form cannot hold passed-through tensors: {listed(kept)}; correct "
+                "this adapter without --portable and with --pass-through, which copies them uncorrected"
             )
+        source = replace(source, passed_through=kept) if left_out else source
         if portable and not source.modules:
             raise CsuloraError("the portable form needs at least one module")
         members = _members(source, subspace, correction)
-        return cls(source, subspace, correction, dtype, portable, members)
+        return cls(source, subspace, correction, dtype, portable, members, left_out)
 
     @property
     def portable_rank(self) -> int | None:
@@ -77,6 +84,16 @@ class Plan(NamedTuple):
     def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
         """Types of a member's new B and A."""
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
+
+
+def _base_copies(source: LoraAdapter) -> tuple[str, ...]:
+    """What PEFT's `save_embedding_layers` adds for a LoRA on the output head: the base weight.
+
+    PEFT never trains it, and servers have it; its shape is that of the update, which has to fit the base.
+    """
+    heads = (name for name in source.modules if ends_with(name, "lm_head"))
+    copies = (f"{PREFIX}{name}.base_layer.weight" for name in heads)
+    return tuple(name for name in copies if name in source.passed_through)
 
 
 def other_model(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
@@ -101,7 +118,7 @@ def _members(
     adapter: LoraAdapter, subspace: SafetySubspace, correction: Correction
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
-    matches = match_modules(adapter.modules, subspace.modules.keys(), where)
+    matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
     turned = bool(adapter.config.get("fan_in_fan_out")) and any(
         _is_turned(module, subspace.modules[matches[name]])
         for name, module in adapter.modules.items()
