@@ -19,6 +19,7 @@ from csulora.files.companions import copy_companions
 from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
+from csulora.files.peft_ranks import Rules, scaling
 from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
 from csulora.files.plain import (
     mode_of,
@@ -113,7 +114,8 @@ class LoraAdapter:
         and embeddings.
     config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
-    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, convolutions, ...).
+    passed_through_ranks: ranks of the LoRA modules among them (DoRA, convolutions, ...), by the name with
+        which PEFT looks into rank_pattern.
     made: how it was corrected, as its file will say or said: `settings`, `subspace`, `source`, and
         `before`, the same of an earlier correction; empty for an adapter that never was.
     """
@@ -202,7 +204,8 @@ class LoraAdapter:
         pass_through: bool,
         source: Source | None,
     ) -> LoraAdapter:
-        updates, others, ranks = sort_out(tensors, config)
+        rules = Rules(where, config)
+        updates, others, ranks = sort_out(where, tensors, config, rules)
         if others and not pass_through:
             raise CsuloraError(
                 f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or "
@@ -210,7 +213,7 @@ class LoraAdapter:
             )
         if not updates and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
-        modules = {name: _module(where, name, updates[name], config) for name in sorted(updates)}
+        modules = {name: _module(where, name, updates[name], rules) for name in sorted(updates)}
         return cls(modules, config, others, ranks, source)
 
     @property
@@ -226,17 +229,21 @@ class LoraAdapter:
             tensors[factor_name(name, "B", module.embedding)] = module.B
         return tensors
 
-    def written_config(self) -> dict[str, Any]:
+    def written_config(self, before: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The configuration under which PEFT gives every module its own rank and alpha.
 
-        `config` itself where that is so already; patterns and defaults of a changed adapter otherwise.
+        `config` where that is so already; for a changed adapter its values are scaled and its keys stay.
+        Biases are mentioned where there are some. before: the ranks that the modules had under `config`,
+        where it is that of another adapter. Raises CsuloraError where no configuration can say it.
         """
-        ranks = {name: module.rank for name, module in self.modules.items()}
-        alphas = {name: module.alpha for name, module in self.modules.items()}
-        for name in self.passed_through_ranks:
-            alphas[name] = peft_config.module_alpha(self.config, name)
-        config = copy.deepcopy(self.config)
-        return peft_config.corrected_config(config, ranks | self.passed_through_ranks, alphas)
+        return peft_config.corrected_config(
+            copy.deepcopy(self.config),
+            {name: module.rank for name, module in self.modules.items()},
+            {name: module.alpha for name, module in self.modules.items()},
+            self.passed_through,
+            self.passed_through_ranks,
+            before,
+        )
 
     def save(
         self,
@@ -322,27 +329,21 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _module(path: str | Path, name: str, factors: Factors, config: Mapping[str, Any]) -> LoraModule:
+def _module(path: str | Path, name: str, factors: Factors, rules: Rules) -> LoraModule:
     pair, embedding = factors
-    words = {side: factor_word(side, embedding) for side in "AB"}
-    for side, other in (("A", "B"), ("B", "A")):
-        if side not in pair:
-            present = factor_name(name, other, embedding)
-            raise CsuloraError(f"{path}: {present} has no {words[side]}")
-        if pair[side].dtype not in DTYPES:
+    A, B = pair["A"], pair["B"]
+    for side, tensor in pair.items():
+        if tensor.dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {factor_name(name, side, embedding)} is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side, embedding)} is {tensor.dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
-    A, B = pair["A"], pair["B"]
-    rank = peft_config.module_rank(config, name)
-    if A.shape[0] != rank or B.shape[1] != rank:
+    alphas = rules.alphas(name, A.shape[0])
+    if A.shape[0] != B.shape[1] or not alphas:
         raise CsuloraError(
-            f"{path}: {PREFIX}{name}: {words['A']} {tuple(A.shape)} and {words['B']} {tuple(B.shape)} "
-            f"do not fit rank {rank} of {peft_config.FILE}"
+            f"{path}: {PREFIX}{name}: {factor_word('A', embedding)} {tuple(A.shape)} and "
+            f"{factor_word('B', embedding)} {tuple(B.shape)} do not fit rank {rules.rank(name)} of "
+            f"{peft_config.FILE}"
         )
-    if not A.shape[1] or not B.shape[0]:
-        raise CsuloraError(f"{path}: {PREFIX}{name}: empty factors")
-    alpha = peft_config.module_alpha(config, name)
-    s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
-    return LoraModule(A=A, B=B, alpha=alpha, scaling=s, embedding=embedding)
+    s = scaling(alphas[0], A.shape[0], rules.rslora)
+    return LoraModule(A=A, B=B, alpha=alphas[0], scaling=s, embedding=embedding)

@@ -13,6 +13,7 @@ from csulora import (
     LoraAdapter,
     SafetySubspace,
     correct,
+    decompose,
     estimate,
 )
 from csulora.settings import FORMS
@@ -226,15 +227,14 @@ def test_zero_strengths_return_the_adapter_bit_for_bit(world, tmp_path):
     assert report.totals.relative_change == 0
 
 
-def test_dora_passes_through_under_peft(world, tmp_path):
-    """Copied uncorrected: PEFT gives the same merged weights before and after."""
+def test_dora_can_be_looked_at_but_not_corrected(world, tmp_path):
+    """use_dora makes DoRA of all modules, so a copy would be an output in which nothing was corrected."""
     folder = make_adapter(world, tmp_path / "adapter", use_dora=True)
     subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
-    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
-    assert report.totals.modules == 0 and len(report.passed_through) > 0
-    new.save(tmp_path / "new")
-    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
-    assert all(torch.equal(raw[name], found[name]) for name in raw)
+    adapter = LoraAdapter.load(folder, pass_through=True)
+    assert decompose(adapter, subspace).totals.modules == 0 < len(adapter.passed_through)
+    with pytest.raises(CsuloraError, match="no module could be corrected"):
+        correct(adapter, subspace)
 
 
 def test_modules_to_save_pass_through_beside_corrected_modules(world, tmp_path):
@@ -332,15 +332,13 @@ def test_whole_embeddings_beside_their_lora_are_copied_if_asked_to(world, with_e
     check(world, folder, tmp_path / "new", Correction(), MERGE, with_embedding)
 
 
-def test_dora_on_an_embedding_passes_through(world, with_embedding, tmp_path):
+def test_dora_on_an_embedding_is_no_update_that_can_be_corrected(world, with_embedding, tmp_path):
     names = embedding_targets(world[0])
     folder = make_adapter(world, tmp_path / "adapter", target_modules=names, use_dora=True)
-    new, report = correct(LoraAdapter.load(folder, pass_through=True), with_embedding)
-    assert report.totals.modules == 0
-    new.save(tmp_path / "new")
-    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
-    assert all(torch.equal(raw[name], found[name]) for name in raw)
-    assert float(raw[f"{EMBEDDINGS[world[0]]}.weight"].norm()) > 0
+    with pytest.raises(CsuloraError, match="lora_magnitude_vector"):
+        LoraAdapter.load(folder)
+    with pytest.raises(CsuloraError, match="no module could be corrected"):
+        correct(LoraAdapter.load(folder, pass_through=True), with_embedding)
 
 
 # --- experts ---------------------------------------------------------------------------------------

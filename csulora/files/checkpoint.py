@@ -16,6 +16,7 @@ from csulora.files.folders import inside
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
 from csulora.files.layouts import of_a_sense
+from csulora.files.names import model_name
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.quantised import PACKED, kind_of_config, kind_of_weight
 from csulora.files.safetensors import Header, open_safetensors, read_tensor
@@ -90,7 +91,7 @@ class Checkpoint:
             )
         return cls(
             name=encodable(
-                Path(os.path.abspath(folder)).name if Path(source).exists() else str(source)
+                model_name(os.path.abspath(folder)) if Path(source).exists() else str(source)
             ),
             folder=folder,
             weights=weights | _tied_head(weights, config),

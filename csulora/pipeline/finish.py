@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from csulora.adapter import LoraAdapter, LoraModule
-from csulora.files.peft_config import alpha_for_rank, portable_config
+from csulora.errors import CsuloraError
+from csulora.files.peft_config import FILE, portable_config
+from csulora.files.peft_ranks import alpha_for_rank, check_alphas
 from csulora.method import in_float64
 from csulora.method.stages import Cores
 from csulora.pipeline.memory import Layout, allocate, balance, store
@@ -27,8 +29,14 @@ Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in
 def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     """The corrected adapter and what was done to it.
 
-    Raises CsuloraError where a result, or an energy, is out of range.
+    Raises CsuloraError where a result, or an energy, is out of range, and where there is nothing to
+    correct or no configuration to say the result with.
     """
+    if not plan.members:
+        raise CsuloraError(
+            "no module could be corrected: none of its tensors is a LoRA update on a linear weight: "
+            f"{listed(plan.source.passed_through)}"
+        )
     careful = _solve_in_float64(plan, solved)
     report = _report(plan, solved)
     portable_rank = plan.portable_rank
@@ -39,12 +47,9 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
         into = memory[member.name]
         pair = _factors(member, i, solved, careful, None if plan.portable else into)
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
-    config = plan.source.config
-    if portable_rank is not None:
-        config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
-    adapter = replace(plan.source, modules=ordered, config=config, made=_made(plan, report))
-    return replace(adapter, config=adapter.written_config()), report
+    new = replace(plan.source, modules=ordered, made=_made(plan, report))
+    return _with_config(plan, new), report
 
 
 def report(plan: Plan, solved: Solved) -> Report:
@@ -123,6 +128,16 @@ def _made(plan: Plan, report: Report) -> dict[str, Any]:
     before = {"before": plan.source.made} if plan.source.made else {}
     made = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
     return copy.deepcopy(made | before)
+
+
+def _with_config(plan: Plan, adapter: LoraAdapter) -> LoraAdapter:
+    """The new adapter, which still has its source's configuration, with its own."""
+    before = {member.name: member.module.rank for member in plan.members}
+    if plan.portable_rank is None:
+        return replace(adapter, config=adapter.written_config(before))
+    check_alphas(FILE, adapter.config, before)
+    adapter = replace(adapter, config=portable_config(adapter.config, plan.portable_rank))
+    return replace(adapter, config=adapter.written_config())
 
 
 def _report(plan: Plan, solved: Solved) -> Report:

@@ -88,7 +88,7 @@ def test_weights_are_those_that_the_library_reads(tmp_path, dtype, sharded):
     for file in base.glob("*.safetensors"):
         expected |= load_file(file)
     opened = Checkpoint.open(base)
-    assert {f"{name}.weight" for name in opened.weights} == set(expected)
+    assert {weight.name for weight in opened.weights.values()} == set(expected)
     for name, weight in opened.weights.items():
         found = opened.read(name)
         assert found.dtype == expected[weight.name].dtype == dtype
