@@ -20,6 +20,8 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 OLD, NEW = "language_model.model.", "model.language_model."
+# Beginnings of names in the model and in files of earlier versions of transformers.
+MOVED = [(NEW, OLD), ("model.vision_tower.", "vision_tower.vision_model.")]
 LIKE_GEMMA = {
     "text_config": {
         "hidden_size": 16,
@@ -93,8 +95,13 @@ def updates(model, folder):
     return found
 
 
+def age(folder):
+    """Give tensors the names that earlier versions of transformers would have given them."""
+    for new, old in MOVED:
+        rename(folder, new, old)
+
+
 def rename(folder, old, new):
-    """Names in the file as another version of transformers had them."""
     builders.edit_tensors(
         folder / builders.WEIGHTS,
         lambda tensors: [
@@ -132,6 +139,7 @@ def partly(adapter, subspace, left):
     return finish(plan, solved)[0]
 
 
+VISION = "model.vision_tower.encoder.layers.0.self_attn"
 KEYS = {
     "short": {"alpha_pattern": {"v_proj": 32}},
     "short rank": {"rank_pattern": {"v_proj": 4}},
@@ -145,6 +153,10 @@ KEYS = {
     },
     "old names in full": {"alpha_pattern": {f"{OLD}layers.0.self_attn.q_proj": 9}},
     "an alpha and its double": {"alpha_pattern": {f"{OLD}layers.0.self_attn.q_proj": 6}},
+    "vision in full": {
+        "rank_pattern": {f"{VISION}.q_proj": 4},
+        "alpha_pattern": {f"{VISION}.q_proj": 5},
+    },
     "anchored": {"alpha_pattern": {f"^{NEW}layers.(0|1).self_attn.q_proj$": 9}},
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -156,12 +168,12 @@ def test_adapters_of_models_that_were_nested_anew(tmp_path, case, use_rslora):
     """PEFT renames their tensors on loading and matches patterns with the new names."""
     options = KEYS[case] | {"use_rslora": use_rslora, "target_modules": TARGETS}
     folder = write(gemma(), tmp_path / "adapter", **options)
-    rename(folder, NEW, OLD)
+    age(folder)
     adapter = LoraAdapter.load(folder)
     assert any(name.startswith(OLD) for name in adapter.modules)
     subspace = builders.random_subspace(adapter)
     new, _ = correct(adapter, subspace)
-    check(gemma, folder, tmp_path / "new", new, subspace, [(NEW, OLD)])
+    check(gemma, folder, tmp_path / "new", new, subspace, MOVED)
     config = peft.LoraConfig.from_pretrained(tmp_path / "new")
     for field in ("rank_pattern", "alpha_pattern"):
         assert getattr(config, field).keys() == options.get(field, {}).keys()
@@ -171,16 +183,14 @@ def test_a_convolution_beside_modules_that_were_nested_anew(tmp_path):
     """It keeps its rank and alpha while theirs double, under whichever name PEFT knows it."""
     options = {"target_modules": [*TARGETS, "patch_embedding"], "alpha_pattern": {"v_proj": 7}}
     folder = write(gemma(), tmp_path / "adapter", **options)
-    moved = [(NEW, OLD), ("model.vision_tower.", "vision_tower.vision_model.")]
-    for names in moved:
-        rename(folder, *names)
+    age(folder)
     adapter = LoraAdapter.load(folder, pass_through=True)
     assert list(adapter.passed_through_ranks) == [
         "vision_tower.vision_model.embeddings.patch_embedding"
     ]
     subspace = builders.random_subspace(adapter)
     new, _ = correct(adapter, subspace)
-    before = check(gemma, folder, tmp_path / "new", new, subspace, moved=moved)
+    before = check(gemma, folder, tmp_path / "new", new, subspace, MOVED)
     assert "model.vision_tower.embeddings.patch_embedding" in before
     assert new.config["rank_pattern"] == {"patch_embedding": 2}
 
@@ -191,7 +201,7 @@ def test_a_convolution_beside_modules_that_were_nested_anew(tmp_path):
 def test_modules_left_as_they_are_beside_others_that_were_nested_anew(tmp_path, case):
     """Also where PEFT gives a module another alpha than its name in the file would."""
     folder = write(gemma(), tmp_path / "adapter", target_modules=TARGETS, **KEYS[case])
-    rename(folder, NEW, OLD)
+    age(folder)
     adapter = LoraAdapter.load(folder)
     subspace = builders.random_subspace(adapter)
     left = [f"{OLD}layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
@@ -201,7 +211,7 @@ def test_modules_left_as_they_are_beside_others_that_were_nested_anew(tmp_path, 
         updates(gemma(), tmp_path / name) for name in ("adapter", "partly", "new")
     )
     for name in before:
-        wanted = before if name.replace(NEW, OLD) in left else whole
+        wanted = before if name.replace(NEW, OLD, 1) in left else whole
         torch.testing.assert_close(after[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
@@ -224,7 +234,7 @@ def test_the_portable_form_of_a_key_that_means_two_things(tmp_path):
     """One form has to say what the scaling is; where that depends on the name, it cannot."""
     for case, ambiguous in (("old names in full", True), ("anchored", True), ("short", False)):
         folder = write(gemma(), tmp_path / case, target_modules=TARGETS, **KEYS[case])
-        rename(folder, NEW, OLD)
+        age(folder)
         adapter = LoraAdapter.load(folder)
         subspace = builders.random_subspace(adapter)
         if ambiguous:
@@ -234,7 +244,7 @@ def test_the_portable_form_of_a_key_that_means_two_things(tmp_path):
                 correct(adapter, subspace, portable=True)
         else:
             new, _ = correct(adapter, subspace, portable=True)
-            check(gemma, folder, tmp_path / "new", new, subspace, moved=[(NEW, OLD)])
+            check(gemma, folder, tmp_path / "new", new, subspace, MOVED)
 
 
 def test_experts_that_transformers_fuses(tmp_path):

@@ -31,6 +31,7 @@ _GRAMMAR = (
 _ATOM = r"\[\^?\]?(?:\\.|[^\]\[\\])*\]|\\[dw]|\\[^\w\s]|\.|[^\\.^$*+?{}\[\]|()]"
 _REPEAT = r"(?:[*+?]|\{\d{1,2}(?:,\d{1,2})?\})\??"
 _TOKEN = re.compile(rf"(?P<atom>{_ATOM})|(?P<repeat>{_REPEAT})|(?P<open>\((?:\?:)?)|[)|^$]")
+_PLAIN = re.compile(rf"[\w.-]{{1,{LONGEST_KEY}}}", re.ASCII)
 _LITERAL = re.compile(r"[^\\.^$*+?{}\[\]|()]|\.|\\[^\w\s]")
 
 
@@ -90,7 +91,7 @@ class Pattern:
     def _compile(self, index: int, key: str) -> None:
         try:
             for tokens, anchored in _branches(key):
-                if all(_LITERAL.fullmatch(token) for token in tokens):
+                if _PLAIN.fullmatch(key) or all(map(_LITERAL.fullmatch, tokens)):
                     self._literals.add(index, tokens, anchored)
                 else:
                     self._automata.append((index, _Parser(tokens).automaton(anchored)))
@@ -101,6 +102,9 @@ class Pattern:
 
 def _branches(key: str) -> Iterator[tuple[list[str], bool]]:
     """The alternatives of a key outside all groups as tokens, and whether each begins with the name."""
+    if _PLAIN.fullmatch(key):  # nearly all keys, and there can be many
+        yield list(key), False
+        return
     for tokens in _split(_tokens(key)):
         anchored = tokens[:1] == ["^"]
         tokens = tokens[1:] if anchored else tokens

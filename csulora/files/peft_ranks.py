@@ -19,9 +19,9 @@ from csulora.files.patterns import Pattern, ends
 _MOVED = (
     ("language_model.model.", "model.language_model."),
     ("language_model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
     ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("visual.", "model.visual."),
 )
 
 
@@ -62,9 +62,8 @@ class Rules:
 
 
 def _moved(name: str) -> list[str]:
-    """A name and the one that transformers may make of it."""
-    new = [new + name.removeprefix(old) for old, new in _MOVED if name.startswith(old)]
-    return [name, *new[:1]]
+    """A name and those that transformers may make of it."""
+    return [name, *(new + name.removeprefix(old) for old, new in _MOVED if name.startswith(old))]
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
