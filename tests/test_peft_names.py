@@ -159,6 +159,13 @@ REFUSED = {
         renamed(lambda key: key.replace("q_proj", "q_proj.base_layer")),
         ["q_proj.base_layer", "target_parameters"],
     ),
+    "wrapped, of one rank": (
+        lambda folder: (
+            renamed(lambda key: key.replace("q_proj", "q_proj.base_layer"))(folder),
+            edit_json(folder / CONFIG, target_parameters=["anything"]),
+        ),
+        ["q_proj.base_layer", "target_parameters"],
+    ),
     "DoRA alone": (
         lambda folder: edit_json(folder / CONFIG, use_dora=True),
         ["no module could be corrected"],
@@ -197,6 +204,8 @@ def test_a_target_parameter_does_not_make_an_expert_of_a_linear_layer(adapter, s
         edit_json(adapter / CONFIG, target_parameters=parameters)
         loaded = LoraAdapter.load(adapter, pass_through=True)
         assert set(loaded.modules) == set(LAYERS) and not loaded.passed_through
+    edit_json(adapter / CONFIG, target_parameters=["other"], alpha_pattern={"other": 3})
+    correct(LoraAdapter.load(adapter), SafetySubspace.load(subspace), portable=True)
 
 
 def test_what_is_not_corrected_can_still_be_looked_at(adapter, subspace):

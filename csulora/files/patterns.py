@@ -24,8 +24,8 @@ MOST_WORK = 4_000_000  # steps for all names of an adapter, each about a microse
 _REMEMBERED = 20_000  # steps of one automaton
 
 _GRAMMAR = (
-    "names, ., .*, \\., \\d, [0-9]+ and other sets, ^, $ and (a|b) without repeated groups are taken; "
-    "name the modules instead"
+    "only names, ., .*, \\., \\d, [0-9]+ and other sets, ^, $ and (a|b) without repeated groups are "
+    "taken; name the modules instead"
 )
 # One character of a name: a set, an escape, any, or itself.
 _ATOM = r"\[\^?\]?(?:\\.|[^\]\[\\])*\]|\\[dw]|\\[^\w\s]|\.|[^\\.^$*+?{}\[\]|()]"

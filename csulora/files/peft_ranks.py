@@ -40,9 +40,8 @@ class Rules:
 
     def parameters(self, module: str) -> list[str]:
         """Names by which PEFT knows a pair of this module, where it belongs to `target_parameters`."""
-        while module.endswith(
-            ".base_layer"
-        ):  # several parameters of one module are wrapped in turn
+        # Several parameters of one module are wrapped in turn.
+        while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
         found = []
         for name in self._parameters:
@@ -52,8 +51,9 @@ class Rules:
         return found
 
     def names(self, module: str) -> list[str]:
-        """What PEFT may call a module when it looks it up: first its name in the file."""
-        return list(dict.fromkeys([*_moved(module), *self.parameters(module)]))
+        """What PEFT may call a linear layer when it looks it up: first its name in the file."""
+        weights = [name for name in self.parameters(module) if name.endswith(".weight")]
+        return [*_moved(module), *dict.fromkeys(weights)]
 
     def alphas(self, module: str, rank: int) -> list[float]:
         """The different alphas under the names that have this rank; none where the rank is wrong."""
@@ -129,9 +129,9 @@ def check_alphas(where: str, config: Mapping[str, Any], ranks: Mapping[str, int]
     for module, rank in ranks.items():
         if len(alphas := rules.alphas(module, rank)) > 1:
             raise CsuloraError(
-                f"{where}: alpha_pattern gives {module} the alpha {alphas[0]}, and {alphas[1]} under the "
-                "name that newer versions of transformers give it, so the portable form cannot hold its "
-                "scaling; shorten the key to what both names end with"
+                f"{where}: alpha_pattern gives {module} the alpha {alphas[0]}, and {alphas[1]} under "
+                "another name by which PEFT may know it, so the portable form cannot hold its scaling; "
+                "shorten the key to an end of the name"
             )
 
 

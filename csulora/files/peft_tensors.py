@@ -149,17 +149,14 @@ def _is_expert(where: str | Path, key: str, module: str, A: Tensor, rules: Rules
     The rank tells: that of all experts is a multiple of the configured one. A pair of one rank updates
     one matrix, as that of a linear weight does.
     """
-    parameters = rules.parameters(module)
-    if module.endswith(".base_layer"):
-        if not parameters:
-            raise CsuloraError(
-                f"{where}: {key} is named like one of target_parameters, but {FILE} names none for it"
-            )
-        return True
-    ranks = {rules.rank(name) for name in parameters}
-    return all(A.shape[0] != rank for rank in {*ranks, rules.rank(module)}) and any(
-        A.shape[0] % rank == 0 for rank in ranks
-    )
+    ranks = {rules.rank(name) for name in rules.parameters(module)}
+    single = A.shape[0] in {*ranks, rules.rank(module)}
+    expert = not single and any(A.shape[0] % rank == 0 for rank in ranks)
+    if module.endswith(".base_layer") and not expert:
+        raise CsuloraError(
+            f"{where}: {key} is named like one of target_parameters, but {FILE} names none that it fits"
+        )
+    return expert
 
 
 def _check_other(where: str | Path, key: str, use_dora: bool) -> None:

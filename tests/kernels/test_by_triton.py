@@ -197,7 +197,7 @@ def test_modules_of_one_adapter_may_have_strengths_of_their_own(batch, backend):
             expected.relative_change, rel=1e-5
         )
     assert torch.equal(new.modules["model.b"].B, adapter.modules["model.b"].B)
-    assert new.config["rank_pattern"] == {"model.a": 6}
+    assert new.config["rank_pattern"] == {"a": 6}
 
 
 # --- estimation -----------------------------------------------------------------------------------
