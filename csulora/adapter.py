@@ -345,7 +345,7 @@ def _copy_others(source: Source | None, target: Path, weights: int) -> list[str]
                 f"{path}: {size} bytes; of the files beside the weights {limit} are copied at most, "
                 "move what does not belong to the adapter"
             )
-        copy_file(path, target / relative, left)
+        copy_file(path, target / relative)
         left -= size
     for relative in folders:
         mode = mode_of(source.folder / relative)

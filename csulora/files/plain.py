@@ -82,14 +82,14 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
         sync(file, mode)
 
 
-def copy_file(source: Path, destination: Path, limit: int | None = None) -> None:
+def copy_file(source: Path, destination: Path) -> None:
     """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
 
     Holes are left out, so that a copy takes no more of the disk than its source.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with reading(source):
-        reader = open_regular(source, limit=limit)
+        reader = open_regular(source)
     with reader, open(destination, "wb", buffering=0) as writer:
         found = os.fstat(reader.fileno())
         for begin, end in _filled(source, reader, found.st_size):

@@ -73,7 +73,7 @@ CONFIG_FILES = {
     "config-a-circle": (circle, "Too many levels"),
 }
 OTHER_FILES = {
-    "readme-of-a-tera": (partial(hole, size=TB), "1099511627776 bytes"),
+    "readme-of-a-tera": (partial(hole, size=TB), "files beside the weights"),
     "readme-a-circle": (circle, "Too many levels"),
     "deep": (nested(1100, "d"), "more than 64 folders deep"),
     "too-long": (nested(40, "d" * 200), "File name too long"),

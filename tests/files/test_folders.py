@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -116,8 +117,10 @@ def test_a_cleanup_that_does_not_finish_is_finished_later(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("deep", [True, False])
-def test_a_swapped_parent_is_not_followed(tmp_path, deep):
+def test_a_swapped_parent_is_not_followed(tmp_path, deep, prepared):
+    """Also where all that is looked for has been put behind the link."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
@@ -126,8 +129,12 @@ def test_a_swapped_parent_is_not_followed(tmp_path, deep):
     with pytest.raises((CsuloraError, OSError)), whole_folder(inner / "out", overwrite=True) as new:
         (new / "file").write_text("new")
         swapped.rename(tmp_path / "moved")
+        if prepared:
+            shutil.rmtree(elsewhere / "b")
+            shutil.copytree(tmp_path / "moved" / ("b" if deep else ""), elsewhere / "b")
         swapped.symlink_to(elsewhere if deep else elsewhere / "b")
-    assert not list((elsewhere / "b").iterdir())
+    assert not (elsewhere / "b" / "out").exists()
+    assert prepared or not list((elsewhere / "b").iterdir())
 
 
 def test_folders_deeper_than_the_stack(tmp_path, monkeypatch):
