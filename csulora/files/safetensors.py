@@ -128,7 +128,7 @@ class SafetensorsFile:
 
     def hash(self) -> str:
         """Hex sha256 of the file."""
-        return hash_rest(self._file, self._digest)
+        return hash_rest(self._path, self._file, self._digest)
 
 
 @contextlib.contextmanager
