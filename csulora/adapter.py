@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.errors import CsuloraError, ExistsError
+from csulora.errors import CsuloraError
 from csulora.files import peft_config
-from csulora.files.folders import check_apart, check_folder, inside, whole_folder, writing
+from csulora.files.companions import copy_companions
+from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
-from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
+from csulora.files.peft_ranks import Rules, scaling
+from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
 from csulora.files.plain import (
-    copy_file,
     mode_of,
     read_bytes,
-    reading,
     sha256_file,
     write_bytes,
 )
@@ -34,28 +34,37 @@ from csulora.files.safetensors import (
     read_safetensors,
     write_safetensors,
 )
+from csulora.output import (
+    REPORT,
+    WEIGHTS,
+    Written,
+    check_replaceable,
+    made_of,
+    mark_in,
+    metadata_of,
+)
 from csulora.report import Report
 from csulora.text import encodable, listed, span
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-REPORT = "csulora_report.json"
+OWN = frozenset({WEIGHTS, REPORT, peft_config.FILE})
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the files that are copied beside the weights: bytes, as a number and in multiples of the weights,
-# whichever is more; and how many folders deep they may lie.
-OTHER_BYTES, OTHER_MULTIPLE = 4 << 30, 64
-DEEPEST = 64
 
 
 @dataclass(frozen=True, eq=False)
 class LoraModule:
-    """The update of one linear weight, dW = scaling * B @ A."""
+    """The update of one linear weight, dW = scaling * B @ A, or of an embedding.
+
+    An embedding is a linear weight for one-hot tokens: d_in is the vocabulary. It is stored the other
+    way round, as (d_in, d_out), so what is added to it is dW^T.
+    """
 
     A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
     alpha: float
     scaling: float
+    embedding: bool = False
 
     def __repr__(self) -> str:
         shape = f"{self.B.shape[0]} x {self.A.shape[1]}"
@@ -73,7 +82,8 @@ class LoraModule:
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""
         missing = rank - self.rank
-        return LoraModule(
+        return replace(
+            self,
             A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
             B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
             alpha=rank,
@@ -89,6 +99,7 @@ class Source:
     name: str
     sha256: str  # of adapter_model.safetensors
     config_sha256: str  # of adapter_config.json
+    corrected: bool = False  # its weights say that csulora corrected them
 
     def to_dict(self) -> dict[str, str]:
         """What a report says of it; the folder may be another one elsewhere."""
@@ -99,11 +110,14 @@ class Source:
 class LoraAdapter:
     """A PEFT LoRA adapter in memory.
 
-    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights.
+    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights
+        and embeddings.
     config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
-    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
-        convolutions, ...).
+    passed_through_ranks: ranks of the LoRA modules among them (DoRA, convolutions, ...), by the name with
+        which PEFT looks into rank_pattern.
+    made: how it was corrected, as its file will say or said: `settings`, `subspace`, `source`, and
+        `before`, the same of an earlier correction; empty for an adapter that never was.
     """
 
     modules: dict[str, LoraModule]
@@ -111,6 +125,7 @@ class LoraAdapter:
     passed_through: dict[str, Tensor] = field(default_factory=dict)
     passed_through_ranks: dict[str, int] = field(default_factory=dict)
     source: Source | None = None
+    made: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         ranks = sorted({module.rank for module in self.modules.values()})
@@ -134,7 +149,8 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """Read a PEFT adapter folder (or hub id); each file is read once, tensors are views of it.
 
-        pass_through: keep tensors that are not a LoRA update on a linear weight instead of refusing.
+        pass_through: keep tensors that are not a LoRA update on a linear weight or embedding instead of
+            refusing.
         pin_memory: read into page-locked memory, for a correction on a GPU.
         name: what reports call the source, if not as its folder or hub id.
 
@@ -153,10 +169,11 @@ class LoraAdapter:
         def check(outlines: dict[str, Tensor]) -> None:
             cls._of(weights, outlines, config, pass_through, None)
 
-        tensors, digest = read_safetensors(weights, pin_memory=pin_memory, check=check)
+        found = read_safetensors(weights, pin_memory=pin_memory, check=check)
         config_digest = hashlib.sha256(config_data).hexdigest()
-        source = Source(path, name or folder_name(folder), digest, config_digest)
-        return cls._of(weights, tensors, config, pass_through, source)
+        made = made_of(mark_in(found.metadata))
+        source = Source(path, name or folder_name(folder), found.sha256, config_digest, bool(made))
+        return replace(cls._of(weights, found.tensors, config, pass_through, source), made=made)
 
     @classmethod
     def from_tensors(
@@ -187,15 +204,16 @@ class LoraAdapter:
         pass_through: bool,
         source: Source | None,
     ) -> LoraAdapter:
-        linear, others, ranks = sort_out(tensors, config)
+        rules = Rules(where, config)
+        updates, others, ranks = sort_out(where, tensors, config, rules)
         if others and not pass_through:
             raise CsuloraError(
-                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight: "
-                f"{listed(others)}; pass --pass-through to copy them uncorrected"
+                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or "
+                f"embedding: {listed(others)}; pass --pass-through to copy them uncorrected"
             )
-        if not linear and not others:
+        if not updates and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
-        modules = {name: _module(where, name, linear[name], config) for name in sorted(linear)}
+        modules = {name: _module(where, name, updates[name], rules) for name in sorted(updates)}
         return cls(modules, config, others, ranks, source)
 
     @property
@@ -207,21 +225,25 @@ class LoraAdapter:
         """All tensors by the names that PEFT saves them under, without copies."""
         tensors = dict(self.passed_through)
         for name, module in self.modules.items():
-            tensors[factor_name(name, "A")] = module.A
-            tensors[factor_name(name, "B")] = module.B
+            tensors[factor_name(name, "A", module.embedding)] = module.A
+            tensors[factor_name(name, "B", module.embedding)] = module.B
         return tensors
 
-    def written_config(self) -> dict[str, Any]:
+    def written_config(self, before: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The configuration under which PEFT gives every module its own rank and alpha.
 
-        `config` itself where that is so already; patterns and defaults of a changed adapter otherwise.
+        `config` where that is so already; for a changed adapter its values are scaled and its keys stay.
+        Biases are mentioned where there are some. before: the ranks that the modules had under `config`,
+        where it is that of another adapter. Raises CsuloraError where no configuration can say it.
         """
-        ranks = {name: module.rank for name, module in self.modules.items()}
-        alphas = {name: module.alpha for name, module in self.modules.items()}
-        for name in self.passed_through_ranks:
-            alphas[name] = peft_config.module_alpha(self.config, name)
-        config = copy.deepcopy(self.config)
-        return peft_config.corrected_config(config, ranks | self.passed_through_ranks, alphas)
+        return peft_config.corrected_config(
+            copy.deepcopy(self.config),
+            {name: module.rank for name, module in self.modules.items()},
+            {name: module.alpha for name, module in self.modules.items()},
+            self.passed_through,
+            self.passed_through_ranks,
+            before,
+        )
 
     def save(
         self,
@@ -234,36 +256,37 @@ class LoraAdapter:
 
         Every other file of the source folder is copied, except other adapter weights (a pickled copy,
         a nested adapter), which would be uncorrected, and links to folders; their names are returned.
-        `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
-        the folder exists and `overwrite` is not set or it holds no adapter, and CsuloraError if it lies
-        within the source folder or around it.
+        `report` (or what its `to_dict` returned) becomes `csulora_report.json`, with the digests of what
+        was written. Raises ExistsError if the folder exists and `overwrite` is not set or it is no output
+        of csulora, and CsuloraError if it lies within the source folder or around it.
         """
-        target = Path(folder)
-        if self.source is not None:
-            check_apart(target, self.source.folder)
         values = report.to_dict() if isinstance(report, Report) else report
-        check_replaceable(target)
-        with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
-            left_out = _copy_others(self.source, temporary, self.nbytes)
-            mode, config_mode = _modes(self.source)
-            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"}, mode=mode)
-            config = json_bytes(self.written_config())
-            write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
-            if values is not None:
-                rows = json_rows({**values, "left_out": left_out})
-                write_bytes(temporary / REPORT, rows, mode=mode)
-        return left_out
+        return write_folder(self, Path(folder), overwrite=overwrite, report=values).left_out
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise ExistsError for what is there and no output replaces: files, links, folders of other things.
-
-    A wrong path must not cost anybody a folder that has nothing to do with adapters.
-    """
-    check_folder(folder)
-    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    if names and not names & {WEIGHTS, peft_config.FILE, REPORT}:
-        raise ExistsError(f"{folder}: a folder that holds no adapter; remove it yourself")
+def write_folder(
+    adapter: LoraAdapter, folder: Path, *, overwrite: bool, report: Mapping[str, Any] | None
+) -> Written:
+    """`LoraAdapter.save`, and what a report says of it."""
+    if adapter.source is not None:
+        check_apart(folder, adapter.source.folder)
+    check_replaceable(folder)
+    with writing(folder), whole_folder(folder, overwrite=overwrite) as temporary:
+        left_out: list[str] = []
+        mode = config_mode = None
+        if adapter.source is not None:
+            origin = adapter.source.folder
+            left_out = copy_companions(origin, temporary, adapter.nbytes, OWN)
+            mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
+        config = json_bytes(adapter.written_config())
+        metadata = metadata_of(adapter.made)
+        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode)
+        write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
+        written = Written(digest, hashlib.sha256(config).hexdigest(), left_out)
+        if report is not None:
+            rows = json_rows({**report, **written.in_report()})
+            write_bytes(temporary / REPORT, rows, mode=mode)
+    return written
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -306,80 +329,21 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _module(
-    path: str | Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> LoraModule:
-    for side, other in (("A", "B"), ("B", "A")):
-        if side not in pair:
-            raise CsuloraError(f"{path}: {factor_name(name, other)} has no lora_{side}")
-        if pair[side].dtype not in DTYPES:
+def _module(path: str | Path, name: str, factors: Factors, rules: Rules) -> LoraModule:
+    pair, embedding = factors
+    A, B = pair["A"], pair["B"]
+    for side, tensor in pair.items():
+        if tensor.dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {factor_name(name, side)} is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side, embedding)} is {tensor.dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
-    A, B = pair["A"], pair["B"]
-    rank = peft_config.module_rank(config, name)
-    if A.shape[0] != rank or B.shape[1] != rank:
+    alphas = rules.alphas(name, A.shape[0])
+    if A.shape[0] != B.shape[1] or not alphas:
         raise CsuloraError(
-            f"{path}: {PREFIX}{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit "
-            f"rank {rank} of {peft_config.FILE}"
+            f"{path}: {PREFIX}{name}: {factor_word('A', embedding)} {tuple(A.shape)} and "
+            f"{factor_word('B', embedding)} {tuple(B.shape)} do not fit rank {rules.rank(name)} of "
+            f"{peft_config.FILE}"
         )
-    if not A.shape[1] or not B.shape[0]:
-        raise CsuloraError(f"{path}: {PREFIX}{name}: empty factors")
-    alpha = peft_config.module_alpha(config, name)
-    s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
-    return LoraModule(A=A, B=B, alpha=alpha, scaling=s)
-
-
-def _copy_others(source: Source | None, target: Path, weights: int) -> list[str]:
-    """Copy the other files of a source with so many bytes of weights; the names of those left out."""
-    if source is None:
-        return []
-    copied, folders, left_out = _other_files(source.folder)
-    limit = left = max(OTHER_BYTES, OTHER_MULTIPLE * weights)
-    for relative, path in copied.items():
-        with reading(path):
-            size = os.stat(path).st_size
-        if size > left:
-            raise CsuloraError(
-                f"{path}: {size} bytes; of the files beside the weights {limit} are copied at most, "
-                "move what does not belong to the adapter"
-            )
-        copy_file(path, target / relative)
-        left -= size
-    for relative in folders:
-        mode = mode_of(source.folder / relative)
-        if mode is not None and (target / relative).is_dir():
-            (target / relative).chmod(mode | 0o700)  # its owner may remove it
-    return left_out
-
-
-def _modes(source: Source | None) -> tuple[int | None, int | None]:
-    """Permission bits of the source's weights and configuration; None where there is no source."""
-    if source is None:
-        return None, None
-    return mode_of(source.folder / WEIGHTS), mode_of(source.folder / peft_config.FILE)
-
-
-def _other_files(source: Path) -> tuple[dict[str, Path], list[str], list[str]]:
-    """Files of a folder to copy, by relative path; its folders, itself too; and what is left out."""
-    copied: dict[str, Path] = {}
-    left_out: list[str] = []
-    folders = [""]
-    for folder in folders:
-        if folder.count(os.sep) >= DEEPEST:
-            raise CsuloraError(f"{source / folder}: more than {DEEPEST} folders deep")
-        with reading(source / folder), os.scandir(source / folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
-            relative = os.path.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(relative)
-            elif os.path.isdir(entry.path):
-                left_out.append(relative)
-            elif relative not in (WEIGHTS, peft_config.FILE, REPORT):
-                if entry.name.startswith("adapter_model."):
-                    left_out.append(relative)
-                else:
-                    copied[relative] = inside(source, relative, source)
-    return copied, folders, sorted(encodable(name) for name in left_out)
+    s = scaling(alphas[0], A.shape[0], rules.rslora)
+    return LoraModule(A=A, B=B, alpha=alphas[0], scaling=s, embedding=embedding)

@@ -154,12 +154,16 @@ def _is_conv1d(base: Checkpoint, name: str) -> bool:
 def _like_is_transposed(base: Checkpoint, target: str, like: LoraAdapter, name: str) -> bool:
     module = like.modules[name]
     shape = (module.B.shape[0], module.A.shape[1])
+    if module.embedding:
+        shape = shape[::-1]
     stored = base.weights[target].shape
-    if stored not in (shape, shape[::-1]):
+    if stored != shape and (module.embedding or stored != shape[::-1]):
         raise CsuloraError(
             f"{base.weights[target].file}: tensor {base.weights[target].name} is {stored}, but the "
             f"adapter updates {name} with {shape}"
         )
+    if module.embedding:
+        return False  # estimated as it is stored, so that `modules` gives the same
     if shape[0] == shape[1]:
         return bool(like.config.get("fan_in_fan_out")) or _is_conv1d(base, target)
     return stored != shape

@@ -14,7 +14,8 @@ from csulora.method.stages import Figures
 from csulora.settings import Correction
 
 FORMAT = "csulora_report/1"
-_DICTS, _LISTS = ("settings", "subspace", "source"), ("passed_through", "warnings", "left_out")
+_DICTS = ("made_by", "settings", "subspace", "source", "output")
+_LISTS = ("passed_through", "warnings", "left_out")
 BLOCKS = ("aligned", "partial_left", "partial_right", "off")
 RANK_ERROR_WARNING = 0.10
 
@@ -80,13 +81,20 @@ class Totals(_Energies):
 
 @dataclass(frozen=True)
 class Report:
-    """Settings, origins and energies of one corrected (or inspected) adapter."""
+    """Settings, origins and energies of one corrected (or inspected) adapter.
+
+    made_by: `version` of csulora, and number of the `method`, which tells outputs apart that the same
+        input gives in two versions.
+    output: `sha256` and `config_sha256` of the two files as they were written; empty before that.
+    """
 
     modules: dict[str, ModuleReport]
     totals: Totals
+    made_by: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     subspace: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    output: dict[str, Any] = field(default_factory=dict)
     passed_through: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # files of the source that were not copied

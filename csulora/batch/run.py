@@ -51,6 +51,8 @@ def correct_many(
     dtype: torch.dtype | None = None,
     portable: bool = False,
     pass_through: bool = False,
+    again: bool = False,
+    strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
     jobs: int = 1,
@@ -80,7 +82,16 @@ def correct_many(
     Raises UsageError before any work if the call itself is wrong: no adapters, two outputs in one
     place, another run at work on `out_dir`.
     """
-    recipe = Recipe(correction or Correction(), dtype, portable, pass_through, backend, device)
+    recipe = Recipe(
+        correction or Correction(),
+        dtype,
+        portable,
+        pass_through,
+        again,
+        strict_base,
+        backend,
+        device,
+    )
     call = Call(Path(out_dir), recipe, existing, jobs, batch_bytes)
     items = find(adapters)
     outcomes: list[Outcome] = []
@@ -213,9 +224,8 @@ class _RunGate:
         done = steps.decide(self._run, self._journal.entry, job)
         there = os.path.lexists(self._run.call.out_dir / job.item.target)
         if done is None and self._other and not there:
-            return self._not_started(
-                job, f"{self._other} was made with other settings, which this would mix"
-            )
+            other = f"{self._other} was made with other settings or by another version"
+            return self._not_started(job, f"{other}, which this would mix")
         return done
 
     def _not_started(self, job: Job, reason: str) -> Done:

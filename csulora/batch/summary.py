@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csulora.adapter import WEIGHTS
 from csulora.batch.sources import Item
 from csulora.errors import CsuloraError
 from csulora.files.plain import PIECE, open_regular, reading, sync
 from csulora.outcome import Outcome
+from csulora.output import WEIGHTS
 
 SLOWEST = 5
 EXTREMES = 5  # outliers named at each end of each figure

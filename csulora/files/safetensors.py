@@ -80,6 +80,14 @@ class Header(NamedTuple):
     stamp: tuple[int, ...]
 
 
+class Contents(NamedTuple):
+    """What a file holds, and the hex sha256 of the bytes that it was read from."""
+
+    tensors: dict[str, Tensor]  # by name in order
+    metadata: dict[str, str]
+    sha256: str
+
+
 class SafetensorsFile:
     """An open file whose header has been read and checked; see `open_safetensors`."""
 
@@ -147,8 +155,8 @@ def read_safetensors(
     *,
     pin_memory: bool = False,
     check: Callable[[dict[str, Tensor]], object] | None = None,
-) -> tuple[dict[str, Tensor], str]:
-    """All tensors of a file, by name in order, and the hex sha256 of the file.
+) -> Contents:
+    """All of a file, in one reading.
 
     pin_memory: read into page-locked memory, which a GPU copies from without waiting.
     check: for a large file called with its tensors on the device "meta" before any content is read.
@@ -160,7 +168,8 @@ def read_safetensors(
             raise CsuloraError(f"{path}: holds no tensors")
         if check is not None and file.size >= LARGE:
             check(file.outlines())
-        return file.read(pin_memory=pin_memory)
+        tensors, digest = file.read(pin_memory=pin_memory)
+        return Contents(tensors, file.header.metadata, digest)
 
 
 def read_tensor(header: Header, name: str) -> Tensor:
@@ -231,12 +240,18 @@ def write_safetensors(
     metadata: Mapping[str, str],
     *,
     mode: int | None = None,
-) -> None:
-    """Write and fsync one safetensors file; `mode` as in `csulora.files.plain.write_bytes`."""
+) -> str:
+    """Write and fsync one safetensors file; the hex sha256 of what was written.
+
+    mode: as in `csulora.files.plain.write_bytes`.
+    """
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for chunk in safetensors_chunks(tensors, metadata):
+            digest.update(chunk)
             file.write(chunk)
         sync(file, mode)
+    return digest.hexdigest()
 
 
 def _exactly(path: Path, file: FileIO, size: int, digest: Any) -> bytearray:

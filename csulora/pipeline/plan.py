@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.names import match_modules
+from csulora.files.names import match_modules, model_name
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -53,6 +54,11 @@ class Plan(NamedTuple):
         portable: bool = False,
     ) -> Plan:
         """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
+        embeddings = [name for name, module in source.modules.items() if module.embedding]
+        if portable and embeddings:
+            raise CsuloraError(
+                f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
+            )
         if portable and source.passed_through:
             raise CsuloraError(
                 "the portable form cannot hold passed-through tensors: "
@@ -71,6 +77,24 @@ class Plan(NamedTuple):
     def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
         """Types of a member's new B and A."""
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
+
+
+def other_model(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+    """What is to be said of an adapter whose configuration names neither model of the subspace.
+
+    Names are all there is to go by: an adapter of another model can have the same shapes.
+    origin: `base` and `aligned`, as a report has them under `subspace`.
+    """
+    stated = config.get("base_model_name_or_path")
+    pair = [str(origin[key]) for key in ("base", "aligned") if origin.get(key)]
+    if not isinstance(stated, str) or not model_name(stated) or not pair:
+        return None
+    if model_name(stated).lower() in {model_name(name).lower() for name in pair}:
+        return None
+    return (
+        f"the adapter was trained on {stated}, by its configuration, but the subspace is that of "
+        f"{' and '.join(pair)}"
+    )
 
 
 def _members(
@@ -92,6 +116,8 @@ def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
     """Whether only U and V in each other's place fit the update, as when the adapter knows that its
     weights are stored as (d_in, d_out) and the estimate did not."""
     shape = (module.B.shape[0], module.A.shape[1])
+    if module.embedding:
+        return False  # stored as (d_in, d_out) whatever linear weights are
     return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
 
 
@@ -107,8 +133,9 @@ def _member(
     shape = (module.B.shape[0], module.A.shape[1])
     U, V = found.U, found.V
     # The singular vectors of the transposed matrix are the same two bases in the other order. A square
-    # module does not tell; it is stored like the others.
-    transposed = turned and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape
+    # module does not tell; it is stored like the others. An embedding is known by its kind.
+    fits = module.embedding or (turned and (V.shape[0], U.shape[0]) == shape)
+    transposed = fits and not found.fan_in_fan_out
     if transposed:
         U, V = V, U
     if (U.shape[0], V.shape[0]) != shape:
