@@ -114,6 +114,22 @@ def test_names_that_are_no_utf_8(capsys, tmp_path, subspace):
     assert result.complaints[0].isprintable() and "p\\udceepe" in result.complaints[0]
 
 
+@pytest.mark.parametrize("target", ["circle", "nowhere"])
+def test_a_link_that_leads_nowhere_is_not_sought_on_a_hub(
+    capsys, tmp_path, subspace, monkeypatch, target
+):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(target, "circle")
+    builders.write_adapter(tmp_path / "good")
+    for arguments in (("circle", "good"), (tmp_path / "circle", tmp_path / "good")):
+        result = run_correct(
+            capsys, *arguments, "--subspace", subspace, "--out-dir", "out", "--overwrite"
+        )
+        assert (result.code, len(result.complaints)) == (1, 1)
+        assert "circle: a link that leads nowhere" in result.complaints[0]
+    assert builders.outputs(tmp_path / "out") == ["good"]
+
+
 def test_a_checkpoint_whose_name_is_no_utf_8(capsys, tmp_path):
     base, aligned = builders.checkpoint_pair(tmp_path)
     place = os.fsdecode(os.fsencode(tmp_path) + b"/" + STRANGE)

@@ -52,6 +52,24 @@ def test_a_rename_that_fails_leaves_the_old_output(tmp_path, monkeypatch, number
     assert builders.tree(tmp_path) == {"out/file": b"old"}
 
 
+@pytest.mark.parametrize(("number", "content"), [(1, b"old"), (2, b"new")])
+def test_ctrl_c_after_a_rename(tmp_path, monkeypatch, number, content):
+    """Before the second one the old output comes back; after it the new one stays."""
+    path = old_output(tmp_path)
+    rename, calls = os.rename, []
+
+    def renamed(old, new):
+        calls.append(new)
+        rename(old, new)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt):
+        replace(path)
+    assert builders.tree(tmp_path) == {"out/file": content}
+
+
 @pytest.mark.parametrize("first", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_old_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch, first):
     path = old_output(tmp_path)
