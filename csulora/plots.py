@@ -10,6 +10,7 @@ import numpy as np
 
 from csulora.errors import CsuloraError
 from csulora.files.folders import whole_file
+from csulora.files.plain import read_start
 from csulora.report import ModuleReport, Report
 
 _PANELS = {
@@ -59,7 +60,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all; it replaces no file that is not a PNG."""
     target = Path(path)
     try:
-        if target.exists() and target.read_bytes()[: len(PNG)] != PNG:
+        if target.exists() and read_start(target, len(PNG)) != PNG:
             raise CsuloraError(f"{target}: exists and is not a PNG file; remove it or name another")
         with whole_file(target) as temporary:
             figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})

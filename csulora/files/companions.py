@@ -29,7 +29,7 @@ def copy_companions(source: Path, target: Path, weights: int, apart: Collection[
                 f"{path}: {size} bytes; of the files beside the weights {limit} are copied at most, "
                 "move what does not belong to the adapter"
             )
-        copy_file(path, target / relative, left)
+        copy_file(path, target / relative)
         left -= size
     for relative in folders:
         mode = mode_of(source / relative)

@@ -209,10 +209,8 @@ def _recover_folder(temporary: Path, path: Path) -> None:
     try:
         hold(file)
         if _keeps_old(temporary):
-            # Between the two renames of whole_folder. Where something else has come meanwhile, what was
-            # set aside stays.
-            if os.path.lexists(path):
-                return
+            # Between the two renames of whole_folder. Where something else has come meanwhile, this
+            # fails, and what was set aside stays.
             os.rename(temporary / _OLD, path)
         _remove(temporary)
     finally:

@@ -61,17 +61,28 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return bytes(data)
 
 
+def read_start(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a file of any size."""
+    with reading(path), open_regular(path) as file:
+        return file.read(size) or b""
+
+
 def sha256_file(path: Path, limit: int | None = None) -> str:
     """Hex sha256 of a file's bytes."""
     with reading(path), open_regular(path, limit=limit) as file:
-        return hash_rest(file, hashlib.sha256())
+        return hash_rest(path, file, hashlib.sha256())
 
 
-def hash_rest(file: FileIO, digest: Any) -> str:
+def hash_rest(path: Path, file: FileIO, digest: Any) -> str:
     """Hex digest after what is left of an open file was added."""
+    before = os.fstat(file.fileno())
+    left = before.st_size - file.tell()
     piece = memoryview(bytearray(PIECE))
-    while count := file.readinto(piece):
+    while left > 0 and (count := file.readinto(piece[:left])):
         digest.update(piece[:count])
+        left -= count
+    if stamp(os.fstat(file.fileno())) != stamp(before):
+        raise changed(path)
     return digest.hexdigest()
 
 
@@ -82,14 +93,14 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
         sync(file, mode)
 
 
-def copy_file(source: Path, destination: Path, limit: int | None = None) -> None:
+def copy_file(source: Path, destination: Path) -> None:
     """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
 
     Holes are left out, so that a copy takes no more of the disk than its source.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with reading(source):
-        reader = open_regular(source, limit=limit)
+        reader = open_regular(source)
     with reader, open(destination, "wb", buffering=0) as writer:
         found = os.fstat(reader.fileno())
         for begin, end in _filled(source, reader, found.st_size):
@@ -148,9 +159,11 @@ def _filled(path: Path, file: FileIO, size: int) -> Iterator[tuple[int, int]]:
                 begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
                 end = min(os.lseek(file.fileno(), begin, os.SEEK_HOLE), size)
             except OSError as error:
-                if error.errno != errno.ENXIO:  # nothing but a hole up to its end
+                if error.errno == errno.ENXIO:  # nothing but a hole up to its end
+                    return
+                if error.errno != errno.EINVAL:
                     raise
-                return
+                begin, end = end, size  # a file system that does not tell
         yield begin, end
 
 

@@ -1,6 +1,8 @@
 """Which adapters the arguments name, where each goes, and collisions found before any work."""
 
+import inspect
 import os
+import sys
 
 import builders
 import pytest
@@ -131,3 +133,28 @@ def test_outputs_mirror_the_tree(tree, capsys, tmp_path):
     found = sorted((tmp_path / "out").rglob(builders.REPORT))
     places = [str(path.parent.relative_to(tmp_path / "out")) for path in found]
     assert places == ["a/x", "a/y", "b/deep/z", "c"]
+
+
+def test_trees_deeper_than_the_stack(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deep = os.path.join("in", *["d"] * 200)
+    builders.write_adapter(tmp_path / deep / "lora")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert targets("in") == [os.path.join(*["d"] * 200, "lora")]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_a_tree_deeper_than_a_path_is_one_line(tmp_path, capsys, subspace, out):
+    place = os.open(tmp_path, os.O_RDONLY)
+    for name in ["in"] + ["d" * 250] * 20:
+        os.mkdir(name, dir_fd=place)
+        place, outer = os.open(name, os.O_RDONLY, dir_fd=place), place
+        os.close(outer)
+    os.close(place)
+    builders.write_adapter(tmp_path / "in" / "lora")
+    result = builders.run_correct(capsys, tmp_path / "in", "--subspace", subspace, "--out-dir", out)
+    assert (result.code, len(result.complaints)) == (2, 1) and not out.exists()
+    assert "File name too long" in result.complaints[0]

@@ -1,6 +1,7 @@
 """What a run says of itself: table, JSON, page, probe."""
 
 import json
+import os
 from pathlib import Path
 
 import builders
@@ -116,6 +117,25 @@ def test_probe_leaves_nothing_and_reads_weights_only(many, tmp_path):
     assert probe(find([many[0]]), tmp_path / "out") > 0
     assert builders.tree(tmp_path) == before and not (tmp_path / "out").exists()
     assert probe(find(["org/model"]), tmp_path / "out") is None
+
+
+def test_probe_copies_no_more_than_its_limit_and_waits_for_nothing(many, tmp_path, monkeypatch):
+    from csulora.batch import find, summary
+
+    sizes, sync = [], summary.sync
+
+    def measured(file):
+        sync(file)
+        sizes.append(file.seek(0, 2))
+
+    monkeypatch.setattr(summary, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(summary, "sync", measured)
+    weights = [folder / builders.WEIGHTS for folder in sorted(many[0].iterdir())]
+    weights[0].unlink()
+    os.mkfifo(weights[0])
+    os.truncate(weights[1], 3 << 30)
+    assert probe(find([many[0]]), tmp_path / "out") > 0
+    assert sizes[-1] == 1 << 20
 
 
 @pytest.mark.parametrize("size", ["0", "x", "-1", "1Q", "nan"])

@@ -73,7 +73,7 @@ CONFIG_FILES = {
     "config-a-circle": (circle, "Too many levels"),
 }
 OTHER_FILES = {
-    "readme-of-a-tera": (partial(hole, size=TB), "1099511627776 bytes"),
+    "readme-of-a-tera": (partial(hole, size=TB), "files beside the weights"),
     "readme-a-circle": (circle, "Too many levels"),
     "deep": (nested(1100, "d"), "more than 64 folders deep"),
     "too-long": (nested(40, "d" * 200), "File name too long"),
@@ -103,7 +103,10 @@ SUBSPACES = {
 RESUMED = {
     "report-a-hole": (f"a/{REPORT}", partial(hole, size=3 * GB), 1, "3221225472 bytes"),
     "report-a-pipe": (f"a/{REPORT}", None, 1, "not a regular file"),
-    "weights-a-pipe": (f"a/{WEIGHTS}", None, 1, "not a regular file"),
+    "weights-a-pipe": (f"a/{WEIGHTS}", None, 1, "not what was written"),
+    "weights-a-hole": (f"a/{WEIGHTS}", partial(hole, size=TB), 1, "not what was written"),
+    "config-a-pipe": (f"a/{CONFIG}", None, 1, "not what was written"),
+    "config-a-hole": (f"a/{CONFIG}", partial(hole, size=TB), 1, "not what was written"),
     "journal-a-hole": (JOURNAL, partial(hole, size=TB), 2, "1099511627776 bytes"),
     "journal-one-long-line": (JOURNAL, write(b"x" * (3 << 20)), 2, "not a journal"),
     "journal-a-pipe": (JOURNAL, None, 2, "not a regular file"),

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_a_rename_that_fails_leaves_the_old_output(tmp_path, monkeypatch, number
     with pytest.raises(type(error)):
         replace(path)
     assert builders.tree(tmp_path) == {"out/file": b"old"}
+
+
+@pytest.mark.parametrize(("number", "content"), [(1, b"old"), (2, b"new")])
+def test_ctrl_c_after_a_rename(tmp_path, monkeypatch, number, content):
+    """Before the second one the old output comes back; after it the new one stays."""
+    path = old_output(tmp_path)
+    rename, calls = os.rename, []
+
+    def renamed(old, new):
+        calls.append(new)
+        rename(old, new)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt):
+        replace(path)
+    assert builders.tree(tmp_path) == {"out/file": content}
 
 
 @pytest.mark.parametrize("first", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -116,8 +135,10 @@ def test_a_cleanup_that_does_not_finish_is_finished_later(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("deep", [True, False])
-def test_a_swapped_parent_is_not_followed(tmp_path, deep):
+def test_a_swapped_parent_is_not_followed(tmp_path, deep, prepared):
+    """Also where all that is looked for has been put behind the link."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
@@ -126,8 +147,12 @@ def test_a_swapped_parent_is_not_followed(tmp_path, deep):
     with pytest.raises((CsuloraError, OSError)), whole_folder(inner / "out", overwrite=True) as new:
         (new / "file").write_text("new")
         swapped.rename(tmp_path / "moved")
+        if prepared:
+            shutil.rmtree(elsewhere / "b")
+            shutil.copytree(tmp_path / "moved" / ("b" if deep else ""), elsewhere / "b")
         swapped.symlink_to(elsewhere if deep else elsewhere / "b")
-    assert not list((elsewhere / "b").iterdir())
+    assert not (elsewhere / "b" / "out").exists()
+    assert prepared or not list((elsewhere / "b").iterdir())
 
 
 def test_folders_deeper_than_the_stack(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from csulora.files.locks import open_locked
 READERS = {
     "bytes": lambda path: plain.read_bytes(path, 100),
     "digest": plain.sha256_file,
+    "start": lambda path: plain.read_start(path, 8),
     "json": read_json,
     "copy": lambda path: plain.copy_file(path, path.with_name("copy")),
 }
@@ -113,6 +114,31 @@ def test_a_file_that_is_cut_short_while_it_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "lseek", meanwhile)
     with pytest.raises(CsuloraError, match="x: changed while it was being read"):
         plain.copy_file(source, tmp_path / "y")
+
+
+def test_a_file_system_that_tells_of_no_holes(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(os.urandom(3_000_000))
+
+    def unknown(*_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "lseek", unknown)
+    plain.copy_file(tmp_path / "x", tmp_path / "y")
+    assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
+
+
+def test_a_file_that_grows_while_it_is_hashed(tmp_path):
+    """Whoever writes to it for ever does not keep the reader for ever."""
+    path = tmp_path / "x"
+    path.write_bytes(b"a")
+
+    class Growing:
+        def update(self, piece):
+            with open(path, "ab") as file:
+                file.write(b"a")
+
+    with pytest.raises(CsuloraError, match="changed while"), open(path, "rb", buffering=0) as file:
+        plain.hash_rest(path, file, Growing())
 
 
 @pytest.mark.parametrize("make", [a_pipe, a_device, a_circle, os.mkdir])

@@ -4,10 +4,12 @@ import builders
 import pytest
 import torch
 from builders import raw_entry, raw_safetensors
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from csulora import CsuloraError
-from csulora.files.safetensors import read_safetensors
+from csulora import CsuloraError, LoraAdapter
+from csulora.files import memory, safetensors
+from csulora.files.safetensors import open_safetensors, read_safetensors
 
 PAIR = {"a": raw_entry("F32", [2], 0, 8), "b": raw_entry("F32", [2], 8, 16)}
 
@@ -61,11 +63,80 @@ def test_a_tensor_off_its_alignment_is_read_all_the_same(tmp_path):
         ({"a": raw_entry("F32", [2.0], 0, 8)}, 8, "header"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "header"),
         (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}', 0, "twice"),
+        (b' {"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', 0, "not an object"),
     ],
 )
 def test_what_does_not_add_up(tmp_path, entries, size, word):
     path = written(tmp_path, raw_safetensors(entries, b"\0" * size))
     with pytest.raises(CsuloraError, match=word):
+        read_safetensors(path)
+
+
+EMPTY = '"shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a\\ud800":{"dtype":"F32",' + EMPTY + "}",
+        '{"__metadata__":{"a":"\\udfff"},"a":{"dtype":"F32",' + EMPTY + "}",
+        '{"__metadata__":{"a":1},"a":{"dtype":"F32",' + EMPTY + "}",
+        '{"__metadata__":[],"a":{"dtype":"F32",' + EMPTY + "}",
+        '{"a":{"dtype":"F5",' + EMPTY + "}",
+        '{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
+        '{"a":{"dtype":"F32","shape":[4611686018427387904,4611686018427387904,0],"data_offsets":[0,0]}}',
+        '{"a":{"dtype":"F32","shape":[18446744073709551616,0],"data_offsets":[0,0]}}',
+        '{"a":{"dtype":"F32","shape":0,"data_offsets":[0,0]}}',
+    ],
+)
+def test_headers_that_the_library_refuses(tmp_path, header):
+    path = written(tmp_path, raw_safetensors(header.encode()))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    for read in (read_safetensors, lambda path: open_safetensors(path).__enter__()):
+        with pytest.raises(CsuloraError, match="not a readable safetensors file"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"__metadata__":null,"a":{"dtype":"F32",' + EMPTY + "} \n",
+        '{"\\u0000":{"dtype":"F32",' + EMPTY + "}",
+    ],
+)
+def test_unusual_headers_that_the_library_reads(tmp_path, header):
+    path = written(tmp_path, raw_safetensors(header.encode()))
+    assert list(read_safetensors(path)[0]) == list(load_file(path))
+
+
+def test_a_large_file_is_checked_before_its_content_is_read(tmp_path, monkeypatch):
+    """Names, types and shapes alone tell what an adapter is; also for a good one."""
+    monkeypatch.setattr(safetensors, "LARGE", 0)
+    adapter = builders.write_adapter(tmp_path / "lora")
+    assert len(LoraAdapter.load(adapter).modules) == 2
+    builders.edit_json(adapter / builders.CONFIG, r=3)
+    monkeypatch.setattr(safetensors, "room", None)
+    with pytest.raises(CsuloraError, match="do not fit rank 3"):
+        LoraAdapter.load(adapter)
+
+
+def test_memory_that_cannot_be_had(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(64)}, path)
+    monkeypatch.setattr(memory, "SMALL", 0)
+    assert memory._free() > 1 << 20
+    read_safetensors(path)
+    monkeypatch.setattr(memory, "_free", lambda: 255)
+    with pytest.raises(CsuloraError, match=r"x.safetensors: 256 bytes to read"):
+        read_safetensors(path)
+    monkeypatch.setattr(memory, "_free", lambda: None)
+
+    def none_left(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", none_left)
+    with pytest.raises(CsuloraError, match="not as much memory is free"):
         read_safetensors(path)
 
 
@@ -92,8 +163,6 @@ def test_large_finite_values_are_fine(tmp_path):
 
 @pytest.mark.parametrize("change", [-8, 8])
 def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
-    from csulora.files import safetensors
-
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(64)}, path)
     exactly = safetensors._exactly
