@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,14 @@ PICKLE = "adapter_model.bin"
 REPORT = "csulora_report.json"
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What trainers keep beside an adapter to go on from: optimizer, scheduler, random states, nearly all
+# of it pickles, whatever its name.
+TRAINING = re.compile(
+    r".*\.(pt|pth|bin|pkl|pickle|ckpt|distcp)|(optimizer|scheduler)\..*|rng_state.*"
+    r"|zero_to_fp32\.py|latest",
+    re.IGNORECASE | re.DOTALL,
+)
+TRAINING_FOLDER = re.compile(r"global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +225,9 @@ class LoraAdapter:
     ) -> list[str]:
         """Write the adapter folder whole or not at all.
 
-        Every other file of the source folder is copied, except other adapter weights (a pickled copy,
-        a nested adapter), which would be uncorrected, and links to folders; their names are returned.
+        Every other file of the source folder is copied, except other adapter weights (a pickled copy),
+        which would be uncorrected, folders of other adapters (a trainer's `checkpoint-N`), what a
+        trainer keeps to go on from (any pickle), and links to folders; their names are returned.
         `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
         the folder exists and `overwrite` is not set or it holds no adapter, and CsuloraError if it lies
         within the source folder or around it.
@@ -317,13 +327,14 @@ def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
     if source is None:
         return copied, left_out
     for folder, folders, files in os.walk(source.folder, onerror=_raise):
-        links = [Path(folder) / name for name in folders if (Path(folder) / name).is_symlink()]
-        left_out += [str(link.relative_to(source.folder)) for link in links]
+        whole = [name for name in folders if _stays(Path(folder) / name)]
+        folders[:] = [name for name in folders if name not in whole]
+        left_out += [str((Path(folder) / name).relative_to(source.folder)) for name in whole]
         for file in files:
             relative = str((Path(folder) / file).relative_to(source.folder))
             if relative in (WEIGHTS, peft_config.FILE, REPORT):
                 continue
-            if file.startswith("adapter_model."):
+            if file.startswith("adapter_model.") or TRAINING.fullmatch(file):
                 left_out.append(relative)
                 continue
             path = inside(source.folder, relative, source.folder)
@@ -331,6 +342,12 @@ def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
                 raise CsuloraError(f"{path}: not a regular file; refused")
             copied[relative] = path
     return copied, sorted(left_out)
+
+
+def _stays(folder: Path) -> bool:
+    """Whether a folder within an adapter is not copied: a link, another adapter, a training state."""
+    nested = os.path.lexists(folder / peft_config.FILE)
+    return folder.is_symlink() or nested or TRAINING_FOLDER.fullmatch(folder.name) is not None
 
 
 def _raise(error: OSError) -> None:

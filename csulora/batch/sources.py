@@ -137,11 +137,24 @@ def _matches(pattern: str) -> list[Item]:
 
 
 def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not names
-    if pattern[0] == "**":
-        return any(_fits(names[skip:], pattern[1:]) for skip in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+    """Whether the parts of a path fit those of a pattern, in names times parts steps."""
+    reached = _with_skips({0}, pattern)  # how many parts of the pattern may be used up
+    for name in names:
+        used = {i if pattern[i] == "**" else i + 1 for i in reached if _takes(pattern, i, name)}
+        reached = _with_skips(used, pattern)
+    return len(pattern) in reached
+
+
+def _takes(pattern: Sequence[str], i: int, name: str) -> bool:
+    return i < len(pattern) and (pattern[i] == "**" or fnmatchcase(name, pattern[i]))
+
+
+def _with_skips(reached: set[int], pattern: Sequence[str]) -> set[int]:
+    """`**` may stand for no folder at all."""
+    for i, part in enumerate(pattern):
+        if i in reached and part == "**":
+            reached.add(i + 1)
+    return reached
 
 
 def _adapters(base: str, depth: int | None) -> Iterator[str]:
@@ -150,21 +163,24 @@ def _adapters(base: str, depth: int | None) -> Iterator[str]:
     Without a depth the walk does not go on below an adapter. Raises UsageError for a folder that
     cannot be listed: what it holds would be passed over in silence.
     """
+    left = [(path, 1) for path in reversed(_folders(base))]  # no recursion: trees may be very deep
+    while left:
+        path, level = left.pop()
+        found = os.path.lexists(os.path.join(path, CONFIG))
+        if found:
+            yield path
+        if (not found) if depth is None else level < depth:
+            left += [(below, level + 1) for below in reversed(_folders(path))]
+
+
+def _folders(base: str) -> list[str]:
+    """The folders in a folder, sorted, without hidden ones and links."""
     try:
         with os.scandir(base) as entries:
-            folders = sorted(
-                entry.name
+            return sorted(
+                entry.path
                 for entry in entries
                 if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
             )
     except OSError as error:
         raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
-    for name in folders:
-        path = os.path.join(base, name)
-        found = os.path.lexists(os.path.join(path, CONFIG))
-        if found:
-            yield path
-        if depth is None and not found:
-            yield from _adapters(path, None)
-        elif depth is not None and depth > 1:
-            yield from _adapters(path, depth - 1)

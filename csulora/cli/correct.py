@@ -28,7 +28,7 @@ from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
 from csulora.pipeline.backend import pick_device
 from csulora.subspace import SafetySubspace
-from csulora.text import one_line
+from csulora.text import listed, one_line
 
 FORMAT = "csulora_outcomes/1"
 # More adapters than this are summed up in a table; fewer get a line each.
@@ -216,8 +216,10 @@ def _complaints(outcome: Outcome) -> Iterator[str]:
     if passed:
         warnings.append(f"{len(passed)} tensor(s) copied uncorrected: {', '.join(passed[:3])}")
     if outcome.left_out:
-        names = ", ".join(outcome.left_out[:3])
-        warnings.append(f"not copied, being other weights or links to folders: {names}")
+        names = listed(outcome.left_out)
+        warnings.append(
+            f"not copied, being other weights, training states or links to folders: {names}"
+        )
     for warning in warnings:
         yield f"warning: {outcome.adapter}: {warning}"
 
