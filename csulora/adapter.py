@@ -279,8 +279,8 @@ def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Sour
 
 
 def folder_name(folder: str | os.PathLike[str]) -> str:
-    """The last part of a path or a hub id."""
-    return Path(os.path.abspath(folder)).name
+    """The last part of a path or a hub id, as text: bytes that are not UTF-8 become `\\udc80`."""
+    return Path(os.path.abspath(folder)).name.encode(errors="backslashreplace").decode()
 
 
 def _weights_file(folder: Path) -> Path:

@@ -6,9 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +21,7 @@ from csulora.batch.summary import Summary, probe
 from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
 from csulora.cli.output import progress, say, stdout
+from csulora.cli.signals import Ended, gentle
 from csulora.errors import UsageError
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = _JsonResults() if arguments.json else _TextResults(len(items))
     with (
         progress("correcting") as report,
-        _interruptible(report.say) as interrupted,
+        gentle(report.say) as interrupted,
         contextlib.closing(
             stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
         ) as outcomes,
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         write_page(summary, page)
     if interrupted.is_set():
-        raise KeyboardInterrupt
+        raise Ended(interrupted.number)
     return 1 if summary.counts["failed"] else 0
 
 
@@ -127,36 +126,26 @@ def _listed(source: str | None) -> list[str]:
     if source is None:
         return []
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _standard_input() if source == "-" else os.fsdecode(Path(source).read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"{source}: cannot be read ({error})") from None
+    text = text.removeprefix("\ufeff")
     if "\0" in text:
         return [name for name in text.split("\0") if name.strip()]
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _standard_input() -> str:
+    """All of it; names of files need not be UTF-8."""
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    if hasattr(sys.stdin, "buffer"):
+        return os.fsdecode(sys.stdin.buffer.read())
+    return sys.stdin.read()
 
 
 def _warn(say: Callable[[str], None], text: str) -> None:
     say(f"csulora: warning: {one_line(text)}")
-
-
-@contextlib.contextmanager
-def _interruptible(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def on_signal(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        interrupted.set()
-        say("csulora: interrupted: finishing what is in memory; once more to drop it")
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _TextResults:
