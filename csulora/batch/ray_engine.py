@@ -25,6 +25,7 @@ from csulora.batch.local import LocalEngine
 from csulora.batch.sources import Item
 from csulora.batch.steps import Gate, Job
 from csulora.errors import CsuloraError, UsageError
+from csulora.files.folders import not_made_anew
 from csulora.pipeline.backend import pick_device
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
@@ -198,7 +199,8 @@ class _Worker:
     def __init__(self, run: Run, arrays: dict[str, Any], folder: str) -> None:
         os.chdir(folder)  # so that relative paths mean what they mean to the driver
         torch.set_num_threads(1)  # one worker a core
-        self._run = run._replace(call=replace(run.call, jobs=1))
+        # A device has other numbers on another node.
+        self._run = run._replace(call=replace(run.call, jobs=1)).begun()
         self._subspace = _from_arrays(arrays)
 
     def greet(self) -> None:
@@ -206,10 +208,11 @@ class _Worker:
 
     def correct(self, shard: Shard) -> list[Done]:
         """The outcomes of a shard, in any order."""
-        engine = LocalEngine(self._run, self._subspace, shard, lambda job: None)
         done: list[Done] = []
-        while (group := engine.take()) is not None:
-            done += group
+        with not_made_anew(self._run.call.out_dir):
+            engine = LocalEngine(self._run, self._subspace, shard, lambda job: None)
+            while (group := engine.take()) is not None:
+                done += group
         return done
 
 

@@ -15,6 +15,7 @@ from csulora.errors import CsuloraError, DiskFullError, ExistsError
 from csulora.files.locks import hold, open_locked
 
 _LOCK = "lock"
+_WORKED_IN: list[Path] = []  # folders that `make_folders` does not make
 # What a killed run leaves beside a folder: its temporary folder, its lock.
 _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 
@@ -103,9 +104,21 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def not_made_anew(path: Path) -> Iterator[None]:
+    """While a run works in a folder that is there: if it is taken away, it stays away."""
+    _WORKED_IN.append(path)
+    try:
+        yield
+    finally:
+        _WORKED_IN.remove(path)
+
+
 def make_folders(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them durable."""
     if not path.is_dir():
+        if path in _WORKED_IN:
+            raise FileNotFoundError(errno.ENOENT, "was removed or renamed", str(path))
         make_folders(path.parent)
         path.mkdir(exist_ok=True)
         _sync_folder(path.parent)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError
+from csulora.files.folders import make_folders
 
 
 def read_bytes(path: Path) -> bytes:
@@ -46,7 +47,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def copy_file(source: Path, destination: Path) -> None:
     """Copy a file's contents (not its links or owner) and fsync the copy."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(destination.parent)
     try:
         reader = open(source, "rb")  # noqa: SIM115
     except OSError as error:
