@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -24,10 +25,9 @@ _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that is renamed onto it on success and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
+    try:  # from here on, as a signal may come between any two steps
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
