@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from csulora.batch.summary import Summary, probe
 from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
 from csulora.cli.output import progress, say, stdout
-from csulora.cli.signals import Ended, gentle
+from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import UsageError
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
@@ -49,20 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
         copy_speed = probe(items, call.out_dir)
     summary = Summary(len(items), copy_speed)
     results = _JsonResults() if arguments.json else _TextResults(len(items))
-    with (
-        progress("correcting") as report,
-        gentle(report.say) as interrupted,
-        contextlib.closing(
-            stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
-        ) as outcomes,
-    ):
-        for found in outcomes:
-            outcome = _with_remedy(found, call.existing)
-            summary.add(outcome)
-            results.add(outcome)
-            for line in _complaints(outcome):
-                report.say(f"csulora: {one_line(line)}")
-            report(sum(summary.counts.values()), len(items), Path(outcome.adapter).name)
+    interrupted = Interruption()
+    try:
+        outcomes = partial(stream, items, subspace, call, start, interrupted)
+        _through(outcomes, len(items), call.existing, summary, results, interrupted)
+    except KeyboardInterrupt as stop:  # Ray makes its own of any that comes while it waits
+        results.end(summary)
+        raise stop if isinstance(stop, Ended) else Ended(interrupted.number) from None
     left = summary.failures["not started"]
     if left:
         first = one_line(summary.examples["not started"])
@@ -75,6 +68,30 @@ def run(arguments: argparse.Namespace) -> int:
     if interrupted.is_set():
         raise Ended(interrupted.number)
     return 1 if summary.counts["failed"] else 0
+
+
+def _through(
+    outcomes: Callable[[Callable[[str], object]], Generator[Outcome, None, None]],
+    total: int,
+    existing: Existing,
+    summary: Summary,
+    results: _JsonResults | _TextResults,
+    interrupted: Interruption,
+) -> None:
+    """Each outcome, as it comes, to summary, results and progress."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # Ray prints, of lost workers for one
+        progress("correcting") as report,
+        gentle(interrupted, report.say),
+        contextlib.closing(outcomes(partial(_warn, report.say))) as found,
+    ):
+        for outcome in found:
+            outcome = _with_remedy(outcome, existing)
+            summary.add(outcome)
+            results.add(outcome)
+            for line in _complaints(outcome):
+                report.say(f"csulora: {one_line(line)}")
+            report(sum(summary.counts.values()), total, Path(outcome.adapter).name)
 
 
 def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
@@ -152,6 +169,7 @@ class _TextResults:
     """A line for each of a few adapters, then the table."""
 
     def __init__(self, total: int) -> None:
+        self._console = stdout()
         self._lines: list[str] = []
         self._wanted = total <= LINES
 
@@ -160,25 +178,27 @@ class _TextResults:
             self._lines.append(_as_line(outcome))
 
     def end(self, summary: Summary) -> None:
-        console = stdout()
         for line in self._lines:
-            console.print(line, soft_wrap=True)
-        print_summary(console, summary)
+            self._console.print(line, soft_wrap=True)
+        print_summary(self._console, summary)
 
 
 class _JsonResults:
     """{"format": ..., "adapters": [...], "summary": {...}}, an adapter a line, written as they come."""
 
     def __init__(self) -> None:
+        self._out = sys.stdout
         self._before = f'{{"format": "{FORMAT}", "adapters": [\n'
 
     def add(self, outcome: Outcome) -> None:
-        sys.stdout.write(self._before + json.dumps(_as_json(outcome)))
+        self._out.write(self._before + json.dumps(_as_json(outcome)))
         self._before = ",\n"
 
     def end(self, summary: Summary) -> None:
-        sys.stdout.write(f'\n], "summary": {json.dumps(summary.to_dict())}}}\n')
-        sys.stdout.flush()
+        if self._before != ",\n":
+            self._out.write(self._before)
+        self._out.write(f'\n], "summary": {json.dumps(summary.to_dict())}}}\n')
+        self._out.flush()
 
 
 def _as_line(outcome: Outcome) -> str:

@@ -25,7 +25,7 @@ class Ended(KeyboardInterrupt):
 
 
 class Interruption(threading.Event):
-    """Set once a first signal has come; `number` is that signal."""
+    """Set once a first signal has come; `number` is the last one."""
 
     number: int = signal.SIGINT
 
@@ -42,19 +42,18 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gentle(say: Callable[[str], None]) -> Iterator[Interruption]:
+def gentle(interruption: Interruption, say: Callable[[str], None]) -> Iterator[None]:
     """The first signal only sets the event; the next one raises Ended."""
-    interruption = Interruption()
 
     def on_signal(number: int) -> None:
+        interruption.number = number
         if interruption.is_set():
             raise Ended(number)
-        interruption.number = number
         interruption.set()
         say(f"csulora: {_name(number)}: finishing what is in memory; once more to drop it")
 
     with _handled(on_signal):
-        yield interruption
+        yield
 
 
 @contextlib.contextmanager
