@@ -77,12 +77,13 @@ def test_a_process_that_starts_without_streams(tmp_path, adapter, subspace):
     assert len(builders.journal_lines(tmp_path / "out")) == 2
 
 
-def test_what_native_code_prints_stays_out_of_the_results(tmp_path, adapter, subspace):
+def test_what_others_print_stays_out_of_the_results(tmp_path, adapter, subspace):
     setup = """
 import csulora.batch.steps as steps
 write = steps.write
 def loud(*arguments):
     os.write(1, b"C++ speaking\\n")
+    print("Python speaking")
     return write(*arguments)
 steps.write = loud
 """
@@ -96,7 +97,8 @@ steps.write = loud
         "--json",
     ]
     found = forked.run_all({"": {"argv": arguments, "setup": setup}})[""]
-    assert found["code"] == 0 and "C++ speaking" in found["err"]
+    assert found["code"] == 0
+    assert "C++ speaking" in found["err"] and "Python speaking" in found["err"]
     assert json.loads(found["out"])["summary"]["corrected"] == 1
 
 
