@@ -36,6 +36,7 @@ import torch
 import csulora.cli
 from csulora import CsuloraError, LoraAdapter, LoraModule, SafetySubspace
 from csulora.subspace import ModuleSubspace, Origin
+from csulora_kernels import GRANULARITIES
 
 correct_batch = getattr(csulora, "correct_batch", None) or csulora.correction.correct_batch
 F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
@@ -45,7 +46,7 @@ STRENGTHS = {"default": (), "different": (1, 2, 3, math.inf), "identity": (0, 0,
              "strong": (1e4, 1e4, 1e3, 10)}  # fmt: skip
 OUTPUTS: Any = {"keep": {}, "bfloat16": {"dtype": B16}, "portable": {"portable": True},
                 "portable float16": {"portable": True, "dtype": F16}}  # fmt: skip
-EVERY = product(("exact", "same"), ("direction", "component"), STRENGTHS, OUTPUTS)
+EVERY = product(("exact", "same"), GRANULARITIES, STRENGTHS, OUTPUTS)
 INTERPRETED = (  # seconds a module, so only some
     ("exact", "direction", "different", "keep", ("bfloat16", "patterns", "turned", "nan", "wide")),
     ("exact", "component", "identity", "bfloat16", ("mixed", "tiny both", "misfit")),
@@ -233,9 +234,10 @@ def main() -> int:
         print(json.dumps(cases, indent=1))
         return 0
     before = json.loads(Path(arguments.compare).read_text())
-    names = [n for n in before | cases if ray or not n.startswith("ray/")]
-    differing = [name for name in names if before.get(name) != cases.get(name)]
-    print(*differing, f"{len(differing)} of {len(names)} cases differ", sep="\n")
+    names = [n for n in before if ray or not n.startswith("ray/")]
+    differing = [name for name in names if before[name] != cases.get(name)]
+    new = len(cases.keys() - before.keys())
+    print(*differing, f"{len(differing)} of {len(names)} cases differ, {new} are new", sep="\n")
     return 1 if differing else 0
 
 

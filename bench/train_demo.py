@@ -113,7 +113,7 @@ def load(folder: Path) -> transformers.LlamaForCausalLM:
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """Write a PEFT folder that names no path of the machine it was trained on."""
     config = model.peft_config["default"]
-    config.base_model_name_or_path = "csulora-demo-aligned"
+    config.base_model_name_or_path = "csulora/demo/assets/aligned"
     # PEFT holds the targets as a set, whose order changes from run to run.
     config.target_modules = sorted(config.target_modules)
     model.save_pretrained(folder, save_embedding_layers=False)

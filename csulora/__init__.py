@@ -10,8 +10,10 @@ from csulora.outcome import Outcome
 from csulora.report import ModuleReport, Report, Totals
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
+from csulora.verification import Verification, verify
+from csulora.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ChangedError",
@@ -30,6 +32,7 @@ __all__ = [
     "Source",
     "Totals",
     "UsageError",
+    "Verification",
     "correct",
     "correct_batch",
     "correct_folder",
@@ -37,4 +40,5 @@ __all__ = [
     "decompose",
     "estimate",
     "identify",
+    "verify",
 ]

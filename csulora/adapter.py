@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,45 +13,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.errors import CsuloraError, ExistsError
+from csulora.errors import CsuloraError
 from csulora.files import peft_config
-from csulora.files.folders import check_apart, check_folder, inside, whole_folder, writing
+from csulora.files.companions import copy_companions
+from csulora.files.folders import check_apart, inside, whole_folder, writing
 from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
-from csulora.files.peft_tensors import PREFIX, factor_name, sort_out
-from csulora.files.plain import copy_file, read_bytes, sha256_file, write_bytes
+from csulora.files.peft_ranks import Rules, scaling
+from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
+from csulora.files.plain import (
+    mode_of,
+    read_bytes,
+    sha256_file,
+    write_bytes,
+)
 from csulora.files.safetensors import (
     SAFETENSORS_DTYPES,
     check_finite,
+    open_safetensors,
     read_safetensors,
     write_safetensors,
 )
+from csulora.output import (
+    REPORT,
+    WEIGHTS,
+    Written,
+    check_replaceable,
+    made_of,
+    mark_in,
+    metadata_of,
+)
 from csulora.report import Report
-from csulora.text import listed, span
+from csulora.text import encodable, listed, span
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-REPORT = "csulora_report.json"
+OWN = frozenset({WEIGHTS, REPORT, peft_config.FILE})
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What trainers keep beside an adapter to go on from: optimizer, scheduler, random states, nearly all
-# of it pickles, whatever its name.
-TRAINING = re.compile(
-    r".*\.(pt|pth|bin|pkl|pickle|ckpt|distcp)|(optimizer|scheduler)\..*|rng_state.*"
-    r"|zero_to_fp32\.py|latest",
-    re.IGNORECASE | re.DOTALL,
-)
-TRAINING_FOLDER = re.compile(r"global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
 
 @dataclass(frozen=True, eq=False)
 class LoraModule:
-    """The update of one linear weight, dW = scaling * B @ A."""
+    """The update of one linear weight, dW = scaling * B @ A, or of an embedding.
+
+    An embedding is a linear weight for one-hot tokens: d_in is the vocabulary. It is stored the other
+    way round, as (d_in, d_out), so what is added to it is dW^T.
+    """
 
     A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
     alpha: float
     scaling: float
+    embedding: bool = False
 
     def __repr__(self) -> str:
         shape = f"{self.B.shape[0]} x {self.A.shape[1]}"
@@ -70,7 +82,8 @@ class LoraModule:
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""
         missing = rank - self.rank
-        return LoraModule(
+        return replace(
+            self,
             A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
             B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
             alpha=rank,
@@ -86,6 +99,7 @@ class Source:
     name: str
     sha256: str  # of adapter_model.safetensors
     config_sha256: str  # of adapter_config.json
+    corrected: bool = False  # its weights say that csulora corrected them
 
     def to_dict(self) -> dict[str, str]:
         """What a report says of it; the folder may be another one elsewhere."""
@@ -96,11 +110,14 @@ class Source:
 class LoraAdapter:
     """A PEFT LoRA adapter in memory.
 
-    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights.
+    modules: by module name as PEFT sees it (no `base_model.model.` prefix); updates of linear weights
+        and embeddings.
     config: PEFT's configuration, as the adapter came with it; `written_config` is that of its modules.
     passed_through: tensors by their name in the file that are not such updates, kept as they are.
-    passed_through_ranks: ranks by module name of the LoRA modules among them (DoRA, embeddings,
-        convolutions, ...).
+    passed_through_ranks: ranks of the LoRA modules among them (DoRA, convolutions, ...), by the name with
+        which PEFT looks into rank_pattern.
+    made: how it was corrected, as its file will say or said: `settings`, `subspace`, `source`, and
+        `before`, the same of an earlier correction; empty for an adapter that never was.
     """
 
     modules: dict[str, LoraModule]
@@ -108,6 +125,7 @@ class LoraAdapter:
     passed_through: dict[str, Tensor] = field(default_factory=dict)
     passed_through_ranks: dict[str, int] = field(default_factory=dict)
     source: Source | None = None
+    made: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         ranks = sorted({module.rank for module in self.modules.values()})
@@ -131,7 +149,8 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """Read a PEFT adapter folder (or hub id); each file is read once, tensors are views of it.
 
-        pass_through: keep tensors that are not a LoRA update on a linear weight instead of refusing.
+        pass_through: keep tensors that are not a LoRA update on a linear weight or embedding instead of
+            refusing.
         pin_memory: read into page-locked memory, for a correction on a GPU.
         name: what reports call the source, if not as its folder or hub id.
 
@@ -143,13 +162,18 @@ class LoraAdapter:
         if not path.is_dir():
             raise CsuloraError(f"{path}: expected an adapter folder, found a file")
         config_file = inside(path, peft_config.FILE, path)
-        config_data = read_bytes(config_file)
+        config_data = read_bytes(config_file, peft_config.CONFIG_LIMIT)
         config = peft_config.parse_config(config_file, config_data)
         weights = _weights_file(path)
-        tensors, digest = read_safetensors(weights, pin_memory=pin_memory)
+
+        def check(outlines: dict[str, Tensor]) -> None:
+            cls._of(weights, outlines, config, pass_through, None)
+
+        found = read_safetensors(weights, pin_memory=pin_memory, check=check)
         config_digest = hashlib.sha256(config_data).hexdigest()
-        source = Source(path, name or folder_name(folder), digest, config_digest)
-        return cls._of(weights, tensors, config, pass_through, source)
+        made = made_of(mark_in(found.metadata))
+        source = Source(path, name or folder_name(folder), found.sha256, config_digest, bool(made))
+        return replace(cls._of(weights, found.tensors, config, pass_through, source), made=made)
 
     @classmethod
     def from_tensors(
@@ -180,15 +204,16 @@ class LoraAdapter:
         pass_through: bool,
         source: Source | None,
     ) -> LoraAdapter:
-        linear, others, ranks = sort_out(tensors, config)
+        rules = Rules(where, config)
+        updates, others, ranks = sort_out(where, tensors, config, rules)
         if others and not pass_through:
             raise CsuloraError(
-                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight: "
-                f"{listed(others)}; pass --pass-through to copy them uncorrected"
+                f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or "
+                f"embedding: {listed(others)}; pass --pass-through to copy them uncorrected"
             )
-        if not linear and not others:
+        if not updates and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
-        modules = {name: _module(where, name, linear[name], config) for name in sorted(linear)}
+        modules = {name: _module(where, name, updates[name], rules) for name in sorted(updates)}
         return cls(modules, config, others, ranks, source)
 
     @property
@@ -200,21 +225,25 @@ class LoraAdapter:
         """All tensors by the names that PEFT saves them under, without copies."""
         tensors = dict(self.passed_through)
         for name, module in self.modules.items():
-            tensors[factor_name(name, "A")] = module.A
-            tensors[factor_name(name, "B")] = module.B
+            tensors[factor_name(name, "A", module.embedding)] = module.A
+            tensors[factor_name(name, "B", module.embedding)] = module.B
         return tensors
 
-    def written_config(self) -> dict[str, Any]:
+    def written_config(self, before: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The configuration under which PEFT gives every module its own rank and alpha.
 
-        `config` itself where that is so already; patterns and defaults of a changed adapter otherwise.
+        `config` where that is so already; for a changed adapter its values are scaled and its keys stay.
+        Biases are mentioned where there are some. before: the ranks that the modules had under `config`,
+        where it is that of another adapter. Raises CsuloraError where no configuration can say it.
         """
-        ranks = {name: module.rank for name, module in self.modules.items()}
-        alphas = {name: module.alpha for name, module in self.modules.items()}
-        for name in self.passed_through_ranks:
-            alphas[name] = peft_config.module_alpha(self.config, name)
-        config = copy.deepcopy(self.config)
-        return peft_config.corrected_config(config, ranks | self.passed_through_ranks, alphas)
+        return peft_config.corrected_config(
+            copy.deepcopy(self.config),
+            {name: module.rank for name, module in self.modules.items()},
+            {name: module.alpha for name, module in self.modules.items()},
+            self.passed_through,
+            self.passed_through_ranks,
+            before,
+        )
 
     def save(
         self,
@@ -228,35 +257,37 @@ class LoraAdapter:
         Every other file of the source folder is copied, except other adapter weights (a pickled copy),
         which would be uncorrected, folders of other adapters (a trainer's `checkpoint-N`), what a
         trainer keeps to go on from (any pickle), and links to folders; their names are returned.
-        `report` (or what its `to_dict` returned) becomes `csulora_report.json`. Raises ExistsError if
-        the folder exists and `overwrite` is not set or it holds no adapter, and CsuloraError if it lies
-        within the source folder or around it.
+        `report` (or what its `to_dict` returned) becomes `csulora_report.json`, with the digests of what
+        was written. Raises ExistsError if the folder exists and `overwrite` is not set or it is no output
+        of csulora, and CsuloraError if it lies within the source folder or around it.
         """
-        target = Path(folder)
-        if self.source is not None:
-            check_apart(target, self.source.folder)
         values = report.to_dict() if isinstance(report, Report) else report
-        check_replaceable(target)
-        with writing(target), whole_folder(target, overwrite=overwrite) as temporary:
-            copied, left_out = _other_files(self.source)
-            for relative, path in copied.items():
-                copy_file(path, temporary / relative)
-            write_safetensors(temporary / WEIGHTS, self.tensors(), {"format": "pt"})
-            write_bytes(temporary / peft_config.FILE, json_bytes(self.written_config()))
-            if values is not None:
-                write_bytes(temporary / REPORT, json_rows({**values, "left_out": left_out}))
-        return left_out
+        return write_folder(self, Path(folder), overwrite=overwrite, report=values).left_out
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise ExistsError for what is there and no output replaces: files, links, folders of other things.
-
-    A wrong path must not cost anybody a folder that has nothing to do with adapters.
-    """
-    check_folder(folder)
-    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    if names and not names & {WEIGHTS, peft_config.FILE, REPORT}:
-        raise ExistsError(f"{folder}: a folder that holds no adapter; remove it yourself")
+def write_folder(
+    adapter: LoraAdapter, folder: Path, *, overwrite: bool, report: Mapping[str, Any] | None
+) -> Written:
+    """`LoraAdapter.save`, and what a report says of it."""
+    if adapter.source is not None:
+        check_apart(folder, adapter.source.folder)
+    check_replaceable(folder)
+    with writing(folder), whole_folder(folder, overwrite=overwrite) as temporary:
+        left_out: list[str] = []
+        mode = config_mode = None
+        if adapter.source is not None:
+            origin = adapter.source.folder
+            left_out = copy_companions(origin, temporary, adapter.nbytes, OWN)
+            mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
+        config = json_bytes(adapter.written_config())
+        metadata = metadata_of(adapter.made)
+        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode)
+        write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
+        written = Written(digest, hashlib.sha256(config).hexdigest(), left_out)
+        if report is not None:
+            rows = json_rows({**report, **written.in_report()})
+            write_bytes(temporary / REPORT, rows, mode=mode)
+    return written
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -266,6 +297,8 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CsuloraError(f"tensors: {name} is not a dense tensor in memory")
         if X.dtype not in SAFETENSORS_DTYPES:
             raise CsuloraError(f"tensors: {name} is {X.dtype}, which no adapter file holds")
+        if encodable(name) != name:
+            raise CsuloraError(f"tensors: {name!r} is no name in Unicode, which no file holds")
 
 
 def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
@@ -275,17 +308,19 @@ def identify(folder: str | os.PathLike[str], *, name: str | None = None) -> Sour
     """
     path = resolve_source(folder, HUB_PATTERNS)
     config, weights = inside(path, peft_config.FILE, path), _weights_file(path)
-    return Source(path, name or folder_name(folder), sha256_file(weights), sha256_file(config))
+    config_digest = sha256_file(config, peft_config.CONFIG_LIMIT)
+    with open_safetensors(weights) as opened:
+        return Source(path, name or folder_name(folder), opened.hash(), config_digest)
 
 
 def folder_name(folder: str | os.PathLike[str]) -> str:
-    """The last part of a path or a hub id, as text: bytes that are not UTF-8 become `\\udc80`."""
-    return Path(os.path.abspath(folder)).name.encode(errors="backslashreplace").decode()
+    """The last part of a path or a hub id, as text."""
+    return encodable(Path(os.path.abspath(folder)).name)
 
 
 def _weights_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
-    if weights.exists():
+    if os.path.lexists(weights):
         return inside(folder, WEIGHTS, folder)
     if (folder / PICKLE).exists():
         raise CsuloraError(
@@ -295,60 +330,21 @@ def _weights_file(folder: Path) -> Path:
     raise CsuloraError(f"{weights}: no such file")
 
 
-def _module(
-    path: str | Path, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> LoraModule:
-    for side, other in (("A", "B"), ("B", "A")):
-        if side not in pair:
-            raise CsuloraError(f"{path}: {factor_name(name, other)} has no lora_{side}")
-        if pair[side].dtype not in DTYPES:
+def _module(path: str | Path, name: str, factors: Factors, rules: Rules) -> LoraModule:
+    pair, embedding = factors
+    A, B = pair["A"], pair["B"]
+    for side, tensor in pair.items():
+        if tensor.dtype not in DTYPES:
             raise CsuloraError(
-                f"{path}: tensor {factor_name(name, side)} is {pair[side].dtype}; "
+                f"{path}: tensor {factor_name(name, side, embedding)} is {tensor.dtype}; "
                 "float32, bfloat16 or float16 is needed"
             )
-    A, B = pair["A"], pair["B"]
-    rank = peft_config.module_rank(config, name)
-    if A.shape[0] != rank or B.shape[1] != rank:
+    alphas = rules.alphas(name, A.shape[0])
+    if A.shape[0] != B.shape[1] or not alphas:
         raise CsuloraError(
-            f"{path}: {PREFIX}{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit "
-            f"rank {rank} of {peft_config.FILE}"
+            f"{path}: {PREFIX}{name}: {factor_word('A', embedding)} {tuple(A.shape)} and "
+            f"{factor_word('B', embedding)} {tuple(B.shape)} do not fit rank {rules.rank(name)} of "
+            f"{peft_config.FILE}"
         )
-    if not A.shape[1] or not B.shape[0]:
-        raise CsuloraError(f"{path}: {PREFIX}{name}: empty factors")
-    alpha = peft_config.module_alpha(config, name)
-    s = peft_config.scaling(alpha, rank, bool(config.get("use_rslora")))
-    return LoraModule(A=A, B=B, alpha=alpha, scaling=s)
-
-
-def _other_files(source: Source | None) -> tuple[dict[str, Path], list[str]]:
-    """Files of the source folder to copy, by relative path, and those left out."""
-    copied: dict[str, Path] = {}
-    left_out: list[str] = []
-    if source is None:
-        return copied, left_out
-    for folder, folders, files in os.walk(source.folder, onerror=_raise):
-        whole = [name for name in folders if _stays(Path(folder) / name)]
-        folders[:] = [name for name in folders if name not in whole]
-        left_out += [str((Path(folder) / name).relative_to(source.folder)) for name in whole]
-        for file in files:
-            relative = str((Path(folder) / file).relative_to(source.folder))
-            if relative in (WEIGHTS, peft_config.FILE, REPORT):
-                continue
-            if file.startswith("adapter_model.") or TRAINING.fullmatch(file):
-                left_out.append(relative)
-                continue
-            path = inside(source.folder, relative, source.folder)
-            if not path.is_file():
-                raise CsuloraError(f"{path}: not a regular file; refused")
-            copied[relative] = path
-    return copied, sorted(left_out)
-
-
-def _stays(folder: Path) -> bool:
-    """Whether a folder within an adapter is not copied: a link, another adapter, a training state."""
-    nested = os.path.lexists(folder / peft_config.FILE)
-    return folder.is_symlink() or nested or TRAINING_FOLDER.fullmatch(folder.name) is not None
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    s = scaling(alphas[0], A.shape[0], rules.rslora)
+    return LoraModule(A=A, B=B, alpha=alphas[0], scaling=s, embedding=embedding)

@@ -12,7 +12,7 @@ from csulora.pipeline import by_torch
 from csulora.pipeline.backend import pick_device, pick_solver
 from csulora.pipeline.finish import finish
 from csulora.pipeline.finish import report as report_of
-from csulora.pipeline.plan import Plan
+from csulora.pipeline.plan import Plan, other_model
 from csulora.pipeline.solved import Solved
 from csulora.report import Report
 from csulora.settings import Correction
@@ -26,6 +26,8 @@ def correct(
     *,
     dtype: torch.dtype | None = None,
     portable: bool = False,
+    again: bool = False,
+    strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
 ) -> tuple[LoraAdapter, Report]:
@@ -36,6 +38,9 @@ def correct(
         dtype: of the new factors (float32, bfloat16, float16); None keeps each factor's own.
             Computation is in float32, the r x r systems in float64.
         portable: return the form that PEFT, vLLM, SGLang and LoRAX read alike.
+        again: correct an adapter that was read from an output of csulora, instead of refusing it.
+        strict_base: refuse an adapter whose configuration names neither model of the subspace, instead
+            of a warning in the report.
         backend: "auto", "torch" or "triton". device: "auto", "cpu" or "cuda".
 
     Raises CsuloraError when modules do not match the subspace, shapes do not fit or a result does not
@@ -47,6 +52,8 @@ def correct(
         correction,
         dtype=dtype,
         portable=portable,
+        again=again,
+        strict_base=strict_base,
         backend=backend,
         device=device,
     )
@@ -62,6 +69,8 @@ def correct_batch(
     *,
     dtype: torch.dtype | None = None,
     portable: bool = False,
+    again: bool = False,
+    strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
 ) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
@@ -76,7 +85,15 @@ def correct_batch(
     check_dtype(dtype)
     chosen = pick_device(device)
     solve = pick_solver(backend, chosen)
-    plans = [_planned(adapter, subspace, correction, dtype, portable) for adapter in adapters]
+
+    def planned(adapter: LoraAdapter) -> Plan | CsuloraError:
+        try:
+            _check_origin(adapter, subspace, again, strict_base)
+            return Plan.of(adapter, subspace, correction, dtype, portable)
+        except CsuloraError as error:
+            return error
+
+    plans = [planned(adapter) for adapter in adapters]
     solved = solve([plan for plan in plans if isinstance(plan, Plan)], chosen)
     return [_finished(plan, solved) if isinstance(plan, Plan) else plan for plan in plans]
 
@@ -117,17 +134,19 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
 
 
-def _planned(
-    adapter: LoraAdapter,
-    subspace: SafetySubspace,
-    correction: Correction,
-    dtype: torch.dtype | None,
-    portable: bool,
-) -> Plan | CsuloraError:
-    try:
-        return Plan.of(adapter, subspace, correction, dtype, portable)
-    except CsuloraError as error:
-        return error
+def _check_origin(
+    adapter: LoraAdapter, subspace: SafetySubspace, again: bool, strict_base: bool
+) -> None:
+    """Raise CsuloraError for an adapter that is not what it should be a correction of."""
+    source = adapter.source
+    if source is not None and source.corrected and not again:
+        raise CsuloraError(
+            f"{source.folder}: was corrected by csulora already; correct its source, "
+            f"{adapter.made.get('source', {}).get('name')!r}, or it once more with again=True (--again)"
+        )
+    other = other_model(adapter.config, vars(subspace.origin)) if strict_base else None
+    if other is not None:
+        raise CsuloraError(other)
 
 
 def _finished(

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from torch import Tensor
 from csulora.adapter import LoraAdapter
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.checkpoint import Checkpoint
-from csulora.files.names import ends_with, match_modules
+from csulora.files.layouts import in_other_layouts, match_layouts
+from csulora.files.names import ends_with
+from csulora.files.quantised import REMEDY, kind_of_config
 from csulora.files.safetensors import tensor_bytes
 from csulora.method.difference import Difference, energy_of
 from csulora.method.krylov import top_triplets
@@ -47,26 +51,31 @@ def estimate(
     device: str = "auto",
     backend: str = "auto",
     progress: Callable[[int, int, str], None] | None = None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> SafetySubspace:
     """Leading singular triplets of W_aligned - W_base for each selected module.
 
     Args:
         base, aligned: checkpoint folders or hub ids (safetensors, float32, bfloat16 or float16).
         rank: directions per module. With `energy` (share of ||D||_F^2 in (0, 1]) as many as hold it.
-        modules: names, or endings of names at a dot, as in PEFT's target_modules. Default: every
-            linear weight except embeddings and the output head.
+        modules: names in any layout of transformers, or endings of names at a dot, as in PEFT's
+            target_modules. Default: every linear weight except embeddings and the output head.
         like: take the modules (and the orientation of their weights) from this adapter.
         seed: of the randomized SVD; the same seed gives the same bytes.
         backend: "auto", "torch" or "triton", of the products with W_aligned - W_base.
         progress: called with (modules done, modules in all, name of the module just done).
+        warn: told where the files of a checkpoint contradict each other, and which were read.
 
-    Raises CsuloraError for missing or ill-shaped weights, NaN or Inf, or checkpoints that do not
-    differ; UsageError for arguments out of range.
+    Raises CsuloraError for missing, quantised or ill-shaped weights, NaN or Inf, or checkpoints that
+    do not differ; UsageError for arguments out of range.
     """
     _check_arguments(rank, energy, modules, like)
-    pair = Checkpoint.open(base), Checkpoint.open(aligned)
+    first, second = Checkpoint.open(base, warn), Checkpoint.open(aligned, warn)
     adapter = like if isinstance(like, LoraAdapter) or like is None else _load_like(like)
-    selected = _select(*pair, modules, adapter)
+    selected = _select(first, second, modules, adapter)
+    pair = first, _named_alike(second, selected)
+    for name in selected:
+        _check_pair(*pair, name)
     chosen = pick_device(device)
     triton = pick_backend(backend, chosen) == "triton"
     digests = hashlib.sha256(), hashlib.sha256()
@@ -106,44 +115,75 @@ def _load_like(folder: str | os.PathLike[str]) -> LoraAdapter:
 
 
 def _select(
-    base: Checkpoint,
-    aligned: Checkpoint,
-    endings: list[str] | None,
-    like: LoraAdapter | None,
+    base: Checkpoint, aligned: Checkpoint, endings: list[str] | None, like: LoraAdapter | None
 ) -> dict[str, bool]:
-    """Selected module names in order, each with whether its weight is stored as (d_in, d_out)."""
+    """Selected module names in order, each with whether its weight is stored as (d_in, d_out).
+
+    Raises CsuloraError for a name that no weight has.
+    """
     if like is not None:
-        matches = match_modules(like.modules, base.weights.keys(), str(base.folder))
+        known = base.weights.keys() | base.promised.keys()
+        matches = match_layouts(like.modules, known, str(base.folder), _remedy(base, like.modules))
         selected = {
             target: _like_is_transposed(base, target, like, name)
             for name, target in matches.items()
         }
     else:
-        names = _by_endings(base, endings) if endings is not None else _linear_weights(base)
+        names = _linear_weights(base, aligned) if endings is None else _by_endings(base, endings)
         selected = {name: _is_conv1d(base, name) for name in names}
     if not selected:
-        raise CsuloraError(f"{base.folder}: no linear weights found")
-    for name in selected:
-        _check_pair(base, aligned, name)
+        raise CsuloraError(f"{base.folder}: no linear weights found{_method(base)}")
     return dict(sorted(selected.items()))
 
 
 def _by_endings(base: Checkpoint, endings: Iterable[str]) -> list[str]:
+    known = base.weights.keys() | base.promised.keys()
     names: set[str] = set()
     for ending in endings:
-        found = [name for name in base.weights if ends_with(name, ending)]
+        found = [name for name in known if ends_with(name, ending)]
+        found = found or list(in_other_layouts([ending], known).values())
         if not found:
-            raise CsuloraError(f"{base.folder}: no module is named or ends with {ending!r}")
+            raise CsuloraError(
+                f"{base.folder}: no module is named or ends with {ending!r}{_method(base)}"
+            )
         names.update(found)
     return sorted(names)
 
 
-def _linear_weights(base: Checkpoint) -> list[str]:
+def _linear_weights(base: Checkpoint, aligned: Checkpoint) -> list[str]:
+    """The base model's linear weights, with those that its index only promises, if the other has them."""
+    promised = {name: aligned.weights[name] for name in base.promised if name in aligned.weights}
     return [
         name
-        for name, weight in base.weights.items()
+        for name, weight in (base.weights | promised).items()
         if len(weight.shape) == 2 and name.rpartition(".")[2] not in _EMBEDDINGS
     ]
+
+
+def _method(checkpoint: Checkpoint) -> str:
+    """What an error adds where config.json tells of quantised weights, under whatever names."""
+    method = kind_of_config(checkpoint.config)
+    return f"; the checkpoint is quantised ({method}): {REMEDY}" if method else ""
+
+
+def _remedy(base: Checkpoint, wanted: Collection[str]) -> str:
+    """What to do about an adapter's modules that the base model has no weights for."""
+    if kind_of_config(base.config):
+        return _method(base).removeprefix("; ")
+    head = ""
+    if "lm_head" not in base.weights and any(ends_with(name, "lm_head") for name in wanted):
+        head = "no lm_head.weight is stored, nor one that config.json ties it to; "
+    return (
+        f"{head}the adapter is of another model, or transformers renames these weights on loading: "
+        "then load both models and write them with save_pretrained(..., save_original_format=False)"
+    )
+
+
+def _named_alike(aligned: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """The aligned checkpoint with the selected weights under the names they have in the base model."""
+    renamed = in_other_layouts(names, aligned.weights)
+    weights = {name: aligned.weights[other] for name, other in renamed.items()}
+    return replace(aligned, weights=aligned.weights | weights)
 
 
 def _is_conv1d(base: Checkpoint, name: str) -> bool:
@@ -154,18 +194,39 @@ def _is_conv1d(base: Checkpoint, name: str) -> bool:
 def _like_is_transposed(base: Checkpoint, target: str, like: LoraAdapter, name: str) -> bool:
     module = like.modules[name]
     shape = (module.B.shape[0], module.A.shape[1])
+    _check_stored(base, target)
+    if module.embedding:
+        shape = shape[::-1]
     stored = base.weights[target].shape
-    if stored not in (shape, shape[::-1]):
+    if stored != shape and (module.embedding or stored != shape[::-1]):
         raise CsuloraError(
             f"{base.weights[target].file}: tensor {base.weights[target].name} is {stored}, but the "
             f"adapter updates {name} with {shape}"
         )
+    if module.embedding:
+        return False  # estimated as it is stored, so that `modules` gives the same
     if shape[0] == shape[1]:
         return bool(like.config.get("fan_in_fan_out")) or _is_conv1d(base, target)
     return stored != shape
 
 
+def _check_stored(checkpoint: Checkpoint, name: str) -> None:
+    """Raise CsuloraError for a weight that no file holds, or only quantised."""
+    if name in checkpoint.promised and name not in checkpoint.weights:
+        raise CsuloraError(
+            f"{checkpoint.promised[name]}: the index promises tensor {name}.weight, which no shard holds"
+        )
+    weight = checkpoint.weights.get(name)
+    if weight is not None and weight.quantised:
+        raise CsuloraError(
+            f"{weight.file}: tensor {weight.name} is {weight.dtype}, quantised ({weight.quantised}); "
+            f"{REMEDY}"
+        )
+
+
 def _check_pair(base: Checkpoint, aligned: Checkpoint, name: str) -> None:
+    _check_stored(base, name)
+    _check_stored(aligned, name)
     weight = base.weights[name]
     other = aligned.weights.get(name)
     if other is None:

@@ -12,16 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from csulora.adapter import (
-    HUB_PATTERNS,
-    REPORT,
-    WEIGHTS,
-    LoraAdapter,
-    Source,
-    check_replaceable,
-    folder_name,
-    identify,
-)
+from csulora.adapter import HUB_PATTERNS, LoraAdapter, Source, folder_name, identify, write_folder
 from csulora.correction import check_dtype, correct_batch
 from csulora.errors import ChangedError, CsuloraError, ExistsError, UsageError
 from csulora.files.folders import check_apart, make_folders, recover_folders, writing
@@ -30,14 +21,23 @@ from csulora.files.json import read_json
 from csulora.files.locks import locked
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.outcome import Outcome
+from csulora.output import REPORT, WEIGHTS, check_replaceable, differences, written_report
 from csulora.pipeline.backend import check_backend, pick_device
 from csulora.pipeline.finish import provenance
+from csulora.pipeline.plan import other_model
 from csulora.report import Report
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
 
 Existing = Literal["refuse", "overwrite", "resume", "refresh"]
 EXISTING: tuple[str, ...] = get_args(Existing)
+# What an output can be made with, in words.
+_PARTS = {
+    "made_by": "version of csulora",
+    "settings": "settings",
+    "subspace": "subspace",
+    "source": "source",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Recipe:
     dtype: torch.dtype | None = None
     portable: bool = False
     pass_through: bool = False
+    again: bool = False
+    strict_base: bool = False
     backend: str = "auto"
     device: str = "auto"
 
@@ -65,10 +67,13 @@ class Recipe:
         return provenance(subspace, self.correction, self.dtype, self.portable)
 
     def load(self, source: str | os.PathLike[str], *, name: str | None = None) -> LoraAdapter:
-        """The adapter in memory, where the device can fetch it without waiting."""
+        """The adapter in memory, where the device can fetch it without waiting.
+
+        What the portable form does about tensors that are no updates is up to the plan.
+        """
         on_gpu = pick_device(self.device).type == "cuda"
         return LoraAdapter.load(
-            source, pass_through=self.pass_through, pin_memory=on_gpu, name=name
+            source, pass_through=self.pass_through or self.portable, pin_memory=on_gpu, name=name
         )
 
     def correct(
@@ -81,6 +86,8 @@ class Recipe:
             self.correction,
             dtype=self.dtype,
             portable=self.portable,
+            again=self.again,
+            strict_base=self.strict_base,
             backend=self.backend,
             device=self.device,
         )
@@ -96,6 +103,8 @@ def correct_folder(
     dtype: torch.dtype | None = None,
     portable: bool = False,
     pass_through: bool = False,
+    again: bool = False,
+    strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
 ) -> Outcome:
@@ -117,7 +126,16 @@ def correct_folder(
     output of csulora; UsageError for an unknown option.
     """
     check_existing(existing)
-    recipe = Recipe(correction or Correction(), dtype, portable, pass_through, backend, device)
+    recipe = Recipe(
+        correction or Correction(),
+        dtype,
+        portable,
+        pass_through,
+        again,
+        strict_base,
+        backend,
+        device,
+    )
     wish = _Wish.of(source, target, recipe, subspace, existing)
     found = wish.glance()
     if found is not None:
@@ -187,23 +205,24 @@ def standing(
 def recognise(
     target: Path, made: dict[str, Any], recipe: Recipe, identify_source: Callable[[], Source]
 ) -> Report:
-    """The report of an output that is up to date.
+    """The report of an output that is up to date, and whose files are those that were written.
 
     Raises ExistsError for what is no output of csulora, ChangedError for one of another source,
-    subspace or settings, or with files missing.
+    subspace, settings or version, or with files that are missing or others now.
     """
-    if not (target / WEIGHTS).exists() or not (target / REPORT).exists():
-        raise ExistsError(f"{target}: not an output of csulora")
-    if not os.path.getsize(target / WEIGHTS) or not (target / CONFIG).exists():
-        raise ChangedError(f"{target}: has lost files or their content since it was made")
-    content = read_json(target / REPORT)
+    report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
-    changed = [key for key in wanted if content.get(key) != wanted[key]]
+    changed = [_PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
-    report = Report.from_dict(content)
+    damaged = differences(target, report)
+    if damaged:
+        raise ChangedError(f"{target}: {damaged[0]}")
     if report.passed_through and not recipe.pass_through:
         raise ChangedError(f"{target}: holds tensors that were passed through uncorrected")
+    other = other_model(read_json(target / CONFIG), report.subspace) if recipe.strict_base else None
+    if other is not None:
+        raise ChangedError(f"{target}: {other}")
     return report
 
 
@@ -268,13 +287,13 @@ class _Wish:
         if isinstance(result, CsuloraError):
             raise result
         corrected, report = result
-        left_out = corrected.save(self.target, overwrite=replaces, report=report)
+        written = write_folder(corrected, self.target, overwrite=replaces, report=report.to_dict())
         return Outcome(
             self.given,
             self.target,
             "corrected",
-            report=replace(report, left_out=left_out),
-            left_out=tuple(left_out),
+            report=replace(report, **written.in_report()),
+            left_out=tuple(written.left_out),
             totals=report.totals,
             seconds=time.perf_counter() - start,
             bytes_in=adapter.nbytes,

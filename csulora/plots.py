@@ -50,7 +50,8 @@ def plot_shares(report: Report, path: str | Path) -> None:
         bar = figure.colorbar(image, ax=[panels[0][column], panels[1][column]], shrink=0.6)
         bar.set_label("share of the module's energy before", fontsize=8)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    figure.suptitle(f"{report.source.get('name', 'adapter')}: {_settings(report)}", fontsize=11)
+    title = f"{report.source.get('name', 'adapter')}: {_settings(report)}"
+    figure.suptitle(title, fontsize=11, parse_math=False)
     save_figure(figure, path)
 
 
@@ -114,15 +115,17 @@ def _total(report: Report, blocks: tuple[str, ...], when: str) -> float:
 
 
 def _label(axis: Any, rows: list[str], columns: list[str], first: bool) -> None:
-    axis.set_xticks(range(len(columns)), [c.rpartition(".")[2] for c in columns])
-    if len({c.rpartition(".")[2] for c in columns}) < len(columns):
-        axis.set_xticklabels(columns)
+    # Names are shown as they are, whatever matplotlib would make of a $ in them.
+    shown = [c.rpartition(".")[2] for c in columns]
+    if len(set(shown)) < len(columns):
+        shown = columns
+    axis.set_xticks(range(len(columns)), shown, parse_math=False)
     axis.tick_params(axis="x", labelrotation=40, labelsize=8)
     for label in axis.get_xticklabels():
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
     step = max(1, len(rows) // 40)
-    axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=7)
+    axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=7, parse_math=False)
     if first:
         axis.set_ylabel("layer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -13,7 +14,8 @@ from csulora.method.stages import Figures
 from csulora.settings import Correction
 
 FORMAT = "csulora_report/1"
-_DICTS, _LISTS = ("settings", "subspace", "source"), ("passed_through", "warnings", "left_out")
+_DICTS = ("made_by", "settings", "subspace", "source", "output")
+_LISTS = ("passed_through", "warnings", "left_out")
 BLOCKS = ("aligned", "partial_left", "partial_right", "off")
 RANK_ERROR_WARNING = 0.10
 
@@ -39,8 +41,8 @@ class _Energies:
                 numbers = list(_checked(dict, value, name).values())
                 if value.keys() != set(BLOCKS):
                     raise TypeError(f"{name} is {value!r}")
-            if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-                raise TypeError(f"{name} is {value!r}")
+            if not all(_is_figure(x, name) for x in numbers):
+                raise TypeError(f"{name} is no finite number")
         return entry
 
 
@@ -79,13 +81,20 @@ class Totals(_Energies):
 
 @dataclass(frozen=True)
 class Report:
-    """Settings, origins and energies of one corrected (or inspected) adapter."""
+    """Settings, origins and energies of one corrected (or inspected) adapter.
+
+    made_by: `version` of csulora, and number of the `method`, which tells outputs apart that the same
+        input gives in two versions.
+    output: `sha256` and `config_sha256` of the two files as they were written; empty before that.
+    """
 
     modules: dict[str, ModuleReport]
     totals: Totals
+    made_by: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     subspace: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    output: dict[str, Any] = field(default_factory=dict)
     passed_through: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # files of the source that were not copied
@@ -111,8 +120,10 @@ class Report:
             totals = Totals.from_dict(given["totals"])
             for kind, names in ((dict, _DICTS), (list, _LISTS)):
                 given |= {n: _checked(kind, given[n], n) for n in names if n in given}
+            if not all(isinstance(text, str) for n in _LISTS for text in given.get(n, ())):
+                raise TypeError("a list holds other things than text")
             return cls(**{**given, "modules": modules, "totals": totals})
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CsuloraError(f"not a report of this version: {error}") from None
 
     @property
@@ -120,6 +131,14 @@ class Report:
         """The strengths and choices it was made with; raises UsageError where it states others."""
         stated = {k: v for k, v in self.settings.items() if k not in ("dtype", "portable")}
         return Correction.from_dict(stated)
+
+
+def _is_figure(value: object, name: str) -> bool:
+    """Whether it is a finite number, for a relative figure one that a summary can hold as float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    largest = 3.4e38 if name.startswith("relative") else sys.float_info.max
+    return abs(value) <= largest
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:

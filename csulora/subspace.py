@@ -16,13 +16,8 @@ from torch import Tensor
 
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.folders import whole_file
-from csulora.files.plain import sha256_file
-from csulora.files.safetensors import (
-    open_safetensors,
-    read_tensor,
-    safetensors_chunks,
-    write_safetensors,
-)
+from csulora.files.json import finite, load_json
+from csulora.files.safetensors import open_safetensors, safetensors_chunks, write_safetensors
 from csulora.text import span
 
 if TYPE_CHECKING:
@@ -103,22 +98,20 @@ class SafetySubspace:
     def load(cls, path: str | os.PathLike[str], *, rank: int | None = None) -> SafetySubspace:
         """Read a subspace file, optionally only its `rank` leading directions per module.
 
+        The file is read once, and `sha256` is of the bytes that were read, whatever becomes of the file.
+
         Raises CsuloraError for a file that is not a subspace, or whose bases are not finite,
         orthonormal float32 matrices of fitting shapes.
         """
         file = Path(path)
-        with open_safetensors(file) as handle:
-            origin, details = _read_metadata(file, handle.metadata())
-            tensors = {name: read_tensor(handle, file, name) for name in handle.keys()}  # noqa: SIM118
-        strange = [name for name in tensors if not name.endswith((".U", ".S", ".V"))]
-        if strange:
-            raise CsuloraError(f"{file}: tensor {strange[0]} is neither a U, an S nor a V")
-        names = sorted({name.rpartition(".")[0] for name in tensors})
-        if not names:
-            raise CsuloraError(f"{file}: holds no modules")
+        with open_safetensors(file) as opened:
+            origin, details = _read_metadata(file, opened.header.metadata)
+            names = _check_outlines(file, opened.outlines())
+            tensors, digest = opened.read()
         loaded = cls(
             {name: _module(file, name, tensors, details) for name in names}, origin, path=file
         )
+        loaded.__dict__["sha256"] = digest
         return loaded if rank is None else loaded.leading(rank)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -146,9 +139,7 @@ class SafetySubspace:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex sha256 of the subspace file, saved or not."""
-        if self.path is not None:
-            return sha256_file(self.path)
+        """Hex sha256 of the file it was loaded from, as it was then, or of the one `save` would write."""
         digest = hashlib.sha256()
         for chunk in safetensors_chunks(self._tensors(), self._metadata()):
             digest.update(chunk)
@@ -185,14 +176,13 @@ class SafetySubspace:
 def is_subspace_file(path: Path) -> bool:
     """Whether the file says that it is a subspace, of whatever version."""
     try:
-        with open_safetensors(path) as handle:
-            return "csulora_format" in (handle.metadata() or {})
+        with open_safetensors(path) as opened:
+            return "csulora_format" in opened.header.metadata
     except CsuloraError:
         return False
 
 
-def _read_metadata(file: Path, metadata: Mapping[str, str] | None) -> tuple[Origin, dict[str, Any]]:
-    metadata = metadata or {}
+def _read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Origin, dict[str, Any]]:
     found = metadata.get("csulora_format")
     if found != FORMAT:
         raise CsuloraError(
@@ -203,25 +193,43 @@ def _read_metadata(file: Path, metadata: Mapping[str, str] | None) -> tuple[Orig
         base, aligned, base_digest, aligned_digest = (metadata.get(key, "") for key in _ORIGIN)
         seed = int(metadata.get("seed", "0"))
         origin = Origin(base, aligned, base_digest, aligned_digest, seed)
-        shares = json.loads(metadata.get("energy_share", "{}"), parse_constant=_no_number)
+        shares = _read_value(metadata, "energy_share", "{}")
         details = {
-            "energy_share": {str(name): float(share) for name, share in shares.items()},
-            "fan_in_fan_out": {str(n) for n in json.loads(metadata.get("fan_in_fan_out", "[]"))},
+            "energy_share": {name: _share(value) for name, value in shares.items()},
+            "fan_in_fan_out": {str(n) for n in _read_value(metadata, "fan_in_fan_out", "[]")},
         }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CsuloraError(
             f"{file}: malformed metadata ({error}); estimate the subspace again"
         ) from None
     return origin, details
 
 
-def _no_number(literal: str) -> float:
-    raise ValueError(f"energy_share holds {literal}")
+def _read_value(metadata: Mapping[str, str], key: str, default: str) -> Any:
+    text = metadata.get(key, default).encode()
+    return load_json(text, parse_constant=finite, parse_float=finite)
 
 
-def _module(
-    file: Path, name: str, tensors: Mapping[str, Tensor], details: Mapping[str, Any]
-) -> ModuleSubspace:
+def _share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"energy_share holds {str(value)[:20]!r}")
+    return float(value)
+
+
+def _check_outlines(file: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the modules, whose tensors have the right names, types and shapes."""
+    strange = [name for name in tensors if not name.endswith((".U", ".S", ".V"))]
+    if strange:
+        raise CsuloraError(f"{file}: tensor {strange[0]} is neither a U, an S nor a V")
+    names = sorted({name.rpartition(".")[0] for name in tensors})
+    if not names:
+        raise CsuloraError(f"{file}: holds no modules")
+    for name in names:
+        _check_shapes(file, name, tensors)
+    return names
+
+
+def _check_shapes(file: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     try:
         U, S, V = (tensors[f"{name}.{letter}"] for letter in ("U", "S", "V"))
     except KeyError as error:
@@ -233,12 +241,18 @@ def _module(
                 f"{file}: tensor {name}.{letter} is {X.dtype} {tuple(X.shape)}, which does not fit "
                 f"{name}.S {tuple(S.shape)} in float32"
             )
-        if not bool(torch.isfinite(X).all()):
-            raise CsuloraError(f"{file}: tensor {name}.{letter} holds NaN or Inf")
+    if S.dtype != torch.float32:
+        raise CsuloraError(f"{file}: tensor {name}.S is {S.dtype}, not float32")
+
+
+def _module(
+    file: Path, name: str, tensors: Mapping[str, Tensor], details: Mapping[str, Any]
+) -> ModuleSubspace:
+    U, S, V = (tensors[f"{name}.{letter}"] for letter in ("U", "S", "V"))
+    k = S.shape[0]
+    for letter, X in (("U", U), ("V", V)):
         if k and float((X.mT @ X - torch.eye(k)).abs().max()) > ORTHONORMAL:
             raise CsuloraError(f"{file}: columns of {name}.{letter} are not orthonormal")
-    if S.dtype != torch.float32 or not bool(torch.isfinite(S).all()):
-        raise CsuloraError(f"{file}: tensor {name}.S is not finite float32")
     # A smaller rank is a prefix, which is the leading one only in this order.
     if bool((S.diff() > 0).any()) or bool((S < 0).any()):
         raise CsuloraError(f"{file}: tensor {name}.S is not descending and non-negative")

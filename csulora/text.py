@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+LONGEST = 4000  # characters of a message: names in files may be of any length
+
 
 def listed(names: Iterable[str]) -> str:
     """The first few names in order, and how many more there are."""
@@ -19,5 +21,13 @@ def span(values: Sequence[Any]) -> str:
 
 def one_line(error: object) -> str:
     """An error's message on one line, control characters made visible."""
-    text = " ".join(str(error).split())
+    text = str(error)
+    if len(text) > LONGEST:  # the beginning names the file, the end tells why
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    text = " ".join(text.split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def encodable(name: str) -> str:
+    """A file's name as text that any file can hold: bytes that are no UTF-8 are spelt out."""
+    return name.encode(errors="backslashreplace").decode()

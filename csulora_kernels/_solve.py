@@ -75,7 +75,7 @@ def solve_kernel(
     K: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
-    COMPONENT: tl.constexpr,
+    GRANULARITY: tl.constexpr,
     SAME: tl.constexpr,
 ):
     RR: tl.constexpr = R * R
@@ -100,12 +100,14 @@ def solve_kernel(
             strength = tl.where(block == 3, lambda_off, strength).to(tl.float64)
             if strength > LARGEST:
                 scaled_identity(p_s, CORES + block, 0.0, R, T)
-            elif COMPONENT:
+            elif GRANULARITY == "component":
                 scaled_identity(p_s, CORES + block, 1.0 / (1.0 + strength * share), R, T)
-            elif strength == 0:
-                scaled_identity(p_s, CORES + block, 1.0, R, T)
             else:
-                _direction_core(p_s, block, strength * inverse_energy, R, T)
+                tl.static_assert(GRANULARITY == "direction")
+                if strength == 0:
+                    scaled_identity(p_s, CORES + block, 1.0, R, T)
+                else:
+                    _direction_core(p_s, block, strength * inverse_energy, R, T)
         # With the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q.
         p = 0
         if SAME:

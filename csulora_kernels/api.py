@@ -192,7 +192,7 @@ def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Co
             K=tiles.K,
             R=tiles.R,
             T=tiles.solve_tile,
-            COMPONENT=penalties.granularity == "component",
+            GRANULARITY=penalties.granularity,
             SAME=ws.same,
             num_warps=tiles.solve_warps,
             num_stages=1,

@@ -138,7 +138,7 @@ def write_adapter(
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     plain = {
         "peft_type": "LORA",
-        "base_model_name_or_path": "tiny/model",
+        "base_model_name_or_path": "some/aligned",
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": ["q_proj", "down_proj"],
@@ -193,6 +193,7 @@ def random_subspace(adapter: LoraAdapter, rank: int = 4) -> SafetySubspace:
             torch.ones(rank),
             torch.linalg.qr(torch.randn(module.A.shape[1], rank))[0],
             0.5,
+            module.embedding,  # whose bases are given in the orientation of B A
         )
         for name, module in adapter.modules.items()
     }

@@ -27,7 +27,7 @@ def correct(dW: Tensor, U: Tensor, V: Tensor, strengths, granularity: str) -> Te
     E = float(dW.double().square().sum())
     if E == 0:
         return dW.double()
-    attenuate = _component if granularity == "component" else _direction
+    attenuate = {"component": _component, "direction": _direction}[granularity]
     return sum(attenuate(M, lam, E) for M, lam in zip(parts, strengths, strict=True))
 
 

@@ -7,6 +7,7 @@ import torch
 from builders import (
     CONFIG,
     LAYERS,
+    PREFIX,
     WEIGHTS,
     edit_json,
     edit_tensors,
@@ -17,6 +18,7 @@ from builders import (
 
 Q, DOWN = LAYERS
 A_NAME, B_NAME = lora_names(Q)
+EMBED = f"{PREFIX}model.embed_tokens"
 
 ONE = torch.ones(1)
 F32_PAIR = {A_NAME: raw_entry("F32", [4, 16], 0, 256), B_NAME: raw_entry("F32", [24, 4], 256, 640)}
@@ -78,6 +80,13 @@ def put(name, value):
 
 def poke(name, value):
     return tensors(lambda found: found[name].view(-1).__setitem__(3, value))
+
+
+def embedding(**changes):
+    """Add LoRA on an embedding; changed tensors by the end of their name, None leaves one out."""
+    good = {"lora_embedding_A": torch.ones(4, 32), "lora_embedding_B": torch.ones(16, 4)}
+    added = {f"{EMBED}.{name}": X for name, X in (good | changes).items() if X is not None}
+    return tensors(lambda t: t.update(added))
 
 
 def truncate(folder, size):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,28 @@ def test_conv1d_weights_are_turned_whoever_knows_about_it(tmp_path, model_type):
         for result in results:
             error = (result[f"transformer.{name}"].double() - wanted).norm() / wanted.norm()
             assert float(error) <= 2e-2  # the two subspaces differ by what the estimate may miss
+
+
+def test_an_embedding_is_estimated_as_it_is_stored_and_has_to_be_of_its_size(tmp_path):
+    """Whoever asks for it, square or not; a vocabulary that training resized fits no checkpoint."""
+    shapes = {"tokens": (40, 12), "square": (12, 12)}
+    base = {n: gaussian(*shape) for n, shape in shapes.items()}
+    folders = (
+        write_checkpoint(tmp_path / "b", base),
+        write_checkpoint(tmp_path / "a", {n: W + gaussian(*W.shape) for n, W in base.items()}),
+    )
+    adapter = lora({n: shape[::-1] for n, shape in shapes.items()}, fan_in_fan_out=True)
+    for name, module in adapter.modules.items():
+        adapter.modules[name] = replace(module, embedding=True)
+    by_name = estimate(*folders, rank=2, modules=list(shapes))
+    assert {n: (len(m.U), len(m.V)) for n, m in by_name.modules.items()} == shapes
+    assert estimate(*folders, rank=2, like=adapter).sha256 == by_name.sha256
+    for d_out, d_in in ((12, 41), (40, 12)):
+        factors = {"B": torch.zeros(d_out, 2), "A": torch.zeros(2, d_in)}
+        module = replace(adapter.modules["tokens"], **factors)
+        other = replace(adapter, modules={"tokens": module})
+        with pytest.raises(CsuloraError, match=r"tokens.weight is \(40, 12\), but the adapter"):
+            estimate(*folders, rank=2, like=other)
 
 
 def test_equal_modules_have_no_directions_and_equal_models_are_an_error(tmp_path):

@@ -16,7 +16,7 @@ from builders import CONFIG, REPORT, WEIGHTS
 
 import csulora
 from csulora import ChangedError, Correction, CsuloraError, ExistsError, UsageError, folder
-from csulora import adapter as adapter_module
+from csulora.files import companions
 from csulora.files.locks import locked
 
 
@@ -269,7 +269,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         return compute(*arguments, **options)
 
     monkeypatch.setattr(folder, "correct_batch", meanwhile)
-    with pytest.raises(ExistsError, match="already exists|holds no adapter"):  # noqa: RUF043
+    with pytest.raises(ExistsError, match="already exists|did not write"):  # noqa: RUF043
         csulora.correct_folder(adapter, loaded, out, existing=existing)
     assert names(out) == ["thesis"]
 
@@ -343,7 +343,7 @@ def test_saving_by_hand_beside_a_call_goes_through(adapter, loaded, out, monkeyp
     """`save` takes no lock of the folder, yet nobody takes what it is writing for a leftover."""
     new, report = csulora.correct(csulora.LoraAdapter.load(adapter), loaded)
     reached, go = threading.Event(), threading.Event()
-    copy = adapter_module.copy_file
+    copy = companions.copy_file
 
     def slowly(*arguments):
         if threading.current_thread().name.startswith("saving"):
@@ -351,7 +351,7 @@ def test_saving_by_hand_beside_a_call_goes_through(adapter, loaded, out, monkeyp
             assert go.wait(60)
         copy(*arguments)
 
-    monkeypatch.setattr(adapter_module, "copy_file", slowly)
+    monkeypatch.setattr(companions, "copy_file", slowly)
     with ThreadPoolExecutor(1, "saving") as saving, ThreadPoolExecutor(1) as asking:
         saved = saving.submit(new.save, out, report=report)
         assert reached.wait(60)

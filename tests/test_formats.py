@@ -89,6 +89,7 @@ def test_public_names():
         "Source",
         "Totals",
         "UsageError",
+        "Verification",
         "correct",
         "correct_batch",
         "correct_folder",
@@ -96,6 +97,7 @@ def test_public_names():
         "decompose",
         "estimate",
         "identify",
+        "verify",
     ]
     assert all(hasattr(csulora, name) for name in csulora.__all__)
     assert str(inspect.signature(csulora.Correction)).startswith(

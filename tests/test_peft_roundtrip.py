@@ -4,6 +4,7 @@ import builders
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file
 from tolerances import TOLERANCES
 
 from csulora import (
@@ -12,6 +13,7 @@ from csulora import (
     LoraAdapter,
     SafetySubspace,
     correct,
+    decompose,
     estimate,
 )
 from csulora.settings import FORMS
@@ -25,6 +27,9 @@ SETTINGS = [
     Correction(30, 0, 30, 0),
     Correction(form="same"),
 ]
+
+
+EMBEDDINGS = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}
 
 
 def build(kind):
@@ -65,22 +70,24 @@ def aligned_model(world):
     return cls.from_pretrained(folder / "aligned", dtype=torch.float32)
 
 
-def make_adapter(world, folder, dtype=torch.float32, **options):
-    """A PEFT adapter with random factors over all block-level linear layers."""
-    targets = {
-        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "gpt2": ["c_attn", "c_proj", "c_fc"],
-    }[world[0]]
-    options = {"r": 3, "lora_alpha": 5, "target_modules": targets} | options
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+def make_adapter(world, folder, dtype=torch.float32, whole_embeddings=False, **options):
+    """A PEFT adapter with random factors, over all block-level linear layers if not told otherwise."""
+    options = {"r": 3, "lora_alpha": 5, "target_modules": TARGETS[world[0]]} | options
     model = peft.get_peft_model(aligned_model(world), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:  # which PEFT starts at zero
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=whole_embeddings)
     return folder
 
 
@@ -99,12 +106,14 @@ def check(world, folder, corrected_folder, correction, tolerance, subspace):
     checked = 0
     for name, module in subspace.modules.items():
         key = name + ".weight"
-        dW, result = (X[key].mT if module.fan_in_fan_out else X[key] for X in (raw, found))
-        wanted = oracle.correct(
-            dW, module.U, module.V, correction.strengths, correction.granularity
-        )
+        # An embedding is a linear weight from tokens to features that is stored as its transpose.
+        embedding = name in EMBEDDINGS.values()
+        U, V = (module.V, module.U) if embedding else (module.U, module.V)
+        turned = module.fan_in_fan_out or embedding
+        dW, result = (X[key].mT if turned else X[key] for X in (raw, found))
+        wanted = oracle.correct(dW, U, V, correction.strengths, correction.granularity)
         if correction.form == "same":
-            kept, truth = (oracle.blocks(X, module.U, module.V)[0] for X in (result, wanted))
+            kept, truth = (oracle.blocks(X, U, V)[0] for X in (result, wanted))
             assert float((kept - truth).norm()) <= tolerance * float(dW.norm())
         else:
             assert float((result - wanted).norm()) <= tolerance * float(wanted.norm())
@@ -218,15 +227,14 @@ def test_zero_strengths_return_the_adapter_bit_for_bit(world, tmp_path):
     assert report.totals.relative_change == 0
 
 
-def test_dora_passes_through_under_peft(world, tmp_path):
-    """Copied uncorrected: PEFT gives the same merged weights before and after."""
+def test_dora_can_be_looked_at_but_not_corrected(world, tmp_path):
+    """use_dora makes DoRA of all modules, so a copy would be an output in which nothing was corrected."""
     folder = make_adapter(world, tmp_path / "adapter", use_dora=True)
     subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
-    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
-    assert report.totals.modules == 0 and len(report.passed_through) > 0
-    new.save(tmp_path / "new")
-    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
-    assert all(torch.equal(raw[name], found[name]) for name in raw)
+    adapter = LoraAdapter.load(folder, pass_through=True)
+    assert decompose(adapter, subspace).totals.modules == 0 < len(adapter.passed_through)
+    with pytest.raises(CsuloraError, match="no module could be corrected"):
+        correct(adapter, subspace)
 
 
 def test_modules_to_save_pass_through_beside_corrected_modules(world, tmp_path):
@@ -242,17 +250,98 @@ def test_modules_to_save_pass_through_beside_corrected_modules(world, tmp_path):
     assert len(changed) == len(subspace.modules)
 
 
-def test_lora_on_an_embedding_passes_through_with_its_own_rank(world, tmp_path):
-    """The linear modules double their rank; the embedding keeps its own, and PEFT agrees."""
-    names = {"llama": ["q_proj", "embed_tokens"], "gpt2": ["c_attn", "wte"]}[world[0]]
-    folder = make_adapter(world, tmp_path / "adapter", target_modules=names)
-    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
-    new, report = correct(LoraAdapter.load(folder, pass_through=True), subspace)
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_embedding(world):
+    """The subspace of all that `embedding_targets` names."""
+    kind, folder = world
+    return estimate(folder / "base", folder / "aligned", rank=6, modules=embedding_targets(kind))
+
+
+def embedding_targets(kind):
+    return [*TARGETS[kind], EMBEDDINGS[kind].rpartition(".")[2]]
+
+
+@pytest.mark.parametrize("correction", SETTINGS, ids=str)
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("own", [{}, {"embed_tokens|wte": 7}])
+def test_merged_embeddings_are_base_plus_oracle(
+    world, with_embedding, tmp_path, correction, use_rslora, own
+):
+    """With the rank and alpha of all modules, and with its own."""
+    folder = make_adapter(
+        world,
+        tmp_path / "adapter",
+        target_modules=embedding_targets(world[0]),
+        use_rslora=use_rslora,
+        rank_pattern=own,
+        alpha_pattern=dict.fromkeys(own, 2),
+    )
+    new, report = correct(LoraAdapter.load(folder), with_embedding, correction)
     new.save(tmp_path / "new")
-    assert report.totals.modules == 2
-    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
-    changed = {name for name in raw if not torch.equal(raw[name], found[name])}
-    assert changed == {f"{name}.weight" for name in report.modules}
+    check(world, folder, tmp_path / "new", correction, MERGE, with_embedding)
+    module = report.modules[EMBEDDINGS[world[0]]]
+    assert module.rank_in == own.get("embed_tokens|wte", 3)
+    assert module.rank_out == module.rank_in * (2 if correction.form == "exact" else 1)
+    before, after = (load_file(X / builders.WEIGHTS) for X in (folder, tmp_path / "new"))
+    assert before.keys() == after.keys() and any("lora_embedding_A" in name for name in after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_on_embeddings(world, with_embedding, tmp_path, dtype):
+    names = embedding_targets(world[0])
+    folder = make_adapter(world, tmp_path / "adapter", dtype, target_modules=names)
+    correct(LoraAdapter.load(folder), with_embedding)[0].save(tmp_path / "new")
+    check(world, folder, tmp_path / "new", Correction(), TOLERANCES[dtype], with_embedding)
+
+
+def test_an_adapter_of_an_embedding_alone_and_its_subspace_by_like(world, tmp_path):
+    kind, folder = world
+    name = EMBEDDINGS[kind].rpartition(".")[2]
+    adapter = make_adapter(world, tmp_path / "adapter", target_modules=[name], r=4)
+    pair = folder / "base", folder / "aligned"
+    subspace = estimate(*pair, rank=6, like=adapter)
+    assert list(subspace.modules) == [EMBEDDINGS[kind]]
+    assert subspace.sha256 == estimate(*pair, rank=6, modules=[name]).sha256
+    loaded = LoraAdapter.load(adapter)
+    new, _ = correct(loaded, subspace)
+    new.save(tmp_path / "new")
+    check(world, adapter, tmp_path / "new", Correction(), MERGE, subspace)
+    with pytest.raises(CsuloraError, match=f"embeddings: {EMBEDDINGS[kind]}"):
+        correct(loaded, subspace, portable=True)
+    with pytest.raises(CsuloraError, match=f"match for 1 module.*{EMBEDDINGS[kind]}.*--like"):
+        correct(loaded, SafetySubspace.load(folder / "subspace.safetensors"))
+
+
+def test_whole_embeddings_beside_their_lora_are_copied_if_asked_to(world, with_embedding, tmp_path):
+    """PEFT's own choice is to save them for some names of embeddings, and not for others."""
+    names = embedding_targets(world[0])
+    folder = make_adapter(
+        world, tmp_path / "adapter", target_modules=names, whole_embeddings="auto"
+    )
+    whole = [n for n in load_file(folder / builders.WEIGHTS) if n.endswith("base_layer.weight")]
+    assert bool(whole) == (world[0] == "llama")
+    for name in whole:
+        with pytest.raises(CsuloraError, match=f"1 tensor.*{name}; pass --pass-through"):
+            LoraAdapter.load(folder)
+    new, report = correct(LoraAdapter.load(folder, pass_through=True), with_embedding)
+    assert report.passed_through == whole
+    new.save(tmp_path / "new")
+    check(world, folder, tmp_path / "new", Correction(), MERGE, with_embedding)
+
+
+def test_dora_on_an_embedding_is_no_update_that_can_be_corrected(world, with_embedding, tmp_path):
+    names = embedding_targets(world[0])
+    folder = make_adapter(world, tmp_path / "adapter", target_modules=names, use_dora=True)
+    with pytest.raises(CsuloraError, match="lora_magnitude_vector"):
+        LoraAdapter.load(folder)
+    with pytest.raises(CsuloraError, match="no module could be corrected"):
+        correct(LoraAdapter.load(folder, pass_through=True), with_embedding)
+
+
+# --- experts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["down_proj"]])

@@ -57,7 +57,12 @@ def test_a_report_survives_json_and_the_disk(corrected, out):
     assert Report.from_dict(through_json(report.to_dict())) == report
     left_out = new.save(out, report=report)
     written = json.loads((out / builders.REPORT).read_text())
-    assert Report.from_dict(written) == replace(report, left_out=left_out)
+    output = {
+        "sha256": builders.digest(out / WEIGHTS),
+        "config_sha256": builders.digest(out / CONFIG),
+    }
+    assert written["output"] == output
+    assert Report.from_dict(written) == replace(report, left_out=left_out, output=output)
     new.save(out.parent / "again", report=report.to_dict())
     assert builders.tree(out.parent / "again") == builders.tree(out)
 
@@ -144,21 +149,23 @@ def test_a_peft_model_in_memory(subspace):
         num_attention_heads=2,
         vocab_size=50,
     )
-    names = ["q_proj", "down_proj"]
+    names = ["q_proj", "down_proj", "embed_tokens"]
     settings = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, use_rslora=True)
     base = transformers.LlamaForCausalLM(config)
     weights = {name: X.clone() for name, X in base.state_dict().items()}
     model = peft.get_peft_model(base, settings)
     adapter = LoraAdapter.from_tensors(
-        peft.get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+        peft.get_peft_model_state_dict(model, save_embedding_layers=False),
+        model.peft_config["default"].to_dict(),
     )
     assert adapter.config["target_modules"] == sorted(names)  # PEFT holds a set
     loaded = builders.random_subspace(adapter)
     new, _ = csulora.correct(adapter, loaded, Correction(form="same"))
-    peft.set_peft_model_state_dict(model, new.tensors())
+    assert not peft.set_peft_model_state_dict(model, new.tensors()).unexpected_keys
     merged = model.merge_and_unload().state_dict()
     for name, module in new.modules.items():
         update = module.scaling * module.B @ module.A
+        update = update.mT if module.embedding else update
         torch.testing.assert_close(merged[f"{name}.weight"], weights[f"{name}.weight"] + update)
 
 

@@ -45,14 +45,14 @@ class Run(NamedTuple):
     """A call together with what, besides the source, determines each result."""
 
     call: Call
-    made: dict[str, Any]  # settings and subspace, as in a report
-    digest: str  # of both
+    made: dict[str, Any]  # version, settings and subspace, as in a report
+    digest: str  # of it
     places: tuple[Place, Place] | None = None  # of output folder and journal, once they are there
 
     @classmethod
     def of(cls, call: Call, subspace: SafetySubspace) -> Run:
         made = call.recipe.provenance(subspace)
-        text = json.dumps([made["settings"], made["subspace"]], sort_keys=True)
+        text = json.dumps(made, sort_keys=True)
         return cls(call, made, hashlib.sha256(text.encode()).hexdigest())
 
     def begun(self) -> Run:

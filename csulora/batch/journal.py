@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError, UsageError
+from csulora.files.json import finite, load_json
 from csulora.files.locks import open_locked
 
 FILE = "csulora_journal.jsonl"
 FORMAT = "csulora_journal/1"
+LIMIT = 1 << 30  # bytes; a million adapters
+LONGEST_LINE = 1 << 20  # bytes
 
 
 class Journal:
@@ -45,6 +48,10 @@ class Journal:
             raise CsuloraError(f"{self._path}: cannot be written ({reason})") from None
         try:
             self._end = self._read()
+        except OSError as error:
+            os.close(self._file)
+            reason = error.strerror or error
+            raise CsuloraError(f"{self._path}: cannot be read ({reason})") from None
         except BaseException:
             os.close(self._file)
             raise
@@ -54,7 +61,10 @@ class Journal:
         if target not in self._spans:
             return None
         begin, length = self._spans[target]
-        return _parse(os.pread(self._file, length, begin))
+        try:
+            return _parse(os.pread(self._file, length, begin))
+        except OSError:
+            return None  # as good as no line: the output is known by its report
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Add lines and make them durable. Raises OSError; then none of them was added."""
@@ -89,19 +99,27 @@ class Journal:
     def _read(self) -> int:
         """Find the place of every line; cut off a last one that a killed run left torn."""
         position = end = 0
+        size = os.fstat(self._file).st_size
+        if size > LIMIT:
+            raise CsuloraError(
+                f"{self._path}: has {size} bytes, no journal has more than {LIMIT}; remove it to have "
+                "outputs known by their reports"
+            )
         with open(self._file, "rb", closefd=False) as lines:
             lines.seek(0)
-            for line in lines:
+            while line := lines.readline(LONGEST_LINE):
                 begin, position = position, position + len(line)
-                if not line.endswith(b"\n"):
-                    break
-                end = position
-                entry = _parse(line)
-                if begin == 0 and (entry is None or entry.get("format") != FORMAT):
+                whole = line.endswith(b"\n")
+                entry = _parse(line) if whole else None
+                first = begin == 0 and (whole or len(line) == LONGEST_LINE)
+                if first and (entry is None or entry.get("format") != FORMAT):
                     raise CsuloraError(
                         f"{self._path}: not a journal of this version of csulora "
                         f"(expected {FORMAT}); remove it to have outputs known by their reports"
                     )
+                if not whole:
+                    continue  # the last line, torn, or a piece of one that is none of ours
+                end = position
                 if entry is not None and isinstance(entry.get("output"), str):
                     self._spans[entry["output"]] = (begin, len(line))
         if position != end:
@@ -116,7 +134,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A line that cannot be read counts for nothing: the output is then known by its own report."""
     try:
-        entry = json.loads(line)
+        entry = load_json(line, parse_constant=finite)
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

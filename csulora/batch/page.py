@@ -19,6 +19,7 @@ from csulora.errors import CsuloraError, UsageError
 from csulora.files.folders import whole_file
 from csulora.files.plain import write_bytes
 from csulora.plots import new_figure
+from csulora.text import one_line
 
 FIGURES = {
     "off": ("off-subspace share of the update's energy", 100.0, "%"),
@@ -164,7 +165,8 @@ def _html(summary: Summary, picture: bytes) -> str:
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(one_line(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
     )
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
     return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>" if body else ""

@@ -52,6 +52,8 @@ def correct_many(
     dtype: torch.dtype | None = None,
     portable: bool = False,
     pass_through: bool = False,
+    again: bool = False,
+    strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
     jobs: int = 1,
@@ -81,7 +83,16 @@ def correct_many(
     Raises UsageError before any work if the call itself is wrong: no adapters, two outputs in one
     place, another run at work on `out_dir`.
     """
-    recipe = Recipe(correction or Correction(), dtype, portable, pass_through, backend, device)
+    recipe = Recipe(
+        correction or Correction(),
+        dtype,
+        portable,
+        pass_through,
+        again,
+        strict_base,
+        backend,
+        device,
+    )
     call = Call(Path(out_dir), recipe, existing, jobs, batch_bytes)
     items = find(adapters)
     outcomes: list[Outcome] = []
@@ -229,8 +240,8 @@ class _RunGate:
         done = steps.decide(self._run, self._journal.entry, job)
         there = os.path.lexists(self._run.call.out_dir / job.item.target)
         if done is None and self._other and not there:
-            mixed = f"{self._other} was made with other settings, which this would mix"
-            return steps.not_started(self._run, job, mixed)
+            other = f"{self._other} was made with other settings or by another version"
+            return steps.not_started(self._run, job, f"{other}, which this would mix")
         return done
 
 

@@ -163,13 +163,13 @@ def _adapters(base: str, depth: int | None) -> Iterator[str]:
     Without a depth the walk does not go on below an adapter. Raises UsageError for a folder that
     cannot be listed: what it holds would be passed over in silence.
     """
-    left = [(path, 1) for path in reversed(_folders(base))]  # no recursion: trees may be very deep
-    while left:
+    left = [(path, 1) for path in reversed(_folders(base))]
+    while left:  # no recursion: folders may be deeper than Python's stack
         path, level = left.pop()
         found = os.path.lexists(os.path.join(path, CONFIG))
         if found:
             yield path
-        if (not found) if depth is None else level < depth:
+        if level < depth if depth is not None else not found:
             left += [(below, level + 1) for below in reversed(_folders(path))]
 
 
@@ -177,10 +177,11 @@ def _folders(base: str) -> list[str]:
     """The folders in a folder, sorted, without hidden ones and links."""
     try:
         with os.scandir(base) as entries:
-            return sorted(
-                entry.path
+            names = sorted(
+                entry.name
                 for entry in entries
                 if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
             )
     except OSError as error:
         raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
+    return [os.path.join(base, name) for name in names]

@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csulora.adapter import REPORT, WEIGHTS, LoraAdapter, identify
+from csulora.adapter import LoraAdapter, identify, write_folder
 from csulora.batch.call import Done, Run
 from csulora.batch.sources import Item
 from csulora.errors import ChangedError, CsuloraError, DiskFullError, ExistsError, UsageError
-from csulora.files.folders import make_folders, recover_folders, writing
+from csulora.files.folders import check_no_links, make_folders, recover_folders, writing
 from csulora.files.locks import locked
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.folder import identity, standing
 from csulora.outcome import Kind, Outcome, Status
+from csulora.output import REPORT, WEIGHTS
 from csulora.report import Report, Totals
 from csulora.subspace import SafetySubspace
 
@@ -73,6 +74,8 @@ def decide(run: Run, entry: Entry, job: Job) -> Done | None:
         return None
     if run.call.existing == "refuse":
         return failed(run, job, "exists", f"{target}: already exists")
+    if run.call.recipe.strict_base:  # asks for what the journal does not tell
+        return None
     known = entry(job.item.target)
     if known is None or known.get("settings") != run.digest or known.get("files") is None:
         return None
@@ -130,31 +133,35 @@ def write(run: Run, ready: Ready) -> Done:
     target = run.call.out_dir / job.item.target
     try:
         with writing(target):
+            check_no_links(run.call.out_dir, target.parent)
             make_folders(target.parent)
             with locked(target):
+                check_no_links(run.call.out_dir, target.parent)  # waiting may have taken long
                 # `csulora.correct_folder`, in another process, may have been at work on it as well.
                 if identity(target) != loaded.before:
                     done = _recognised(run, job, joined=True)
                     if done is not None:
                         return done
                 replaces = run.call.existing == "overwrite" or os.path.lexists(target)
-                left_out = ready.adapter.save(target, overwrite=replaces, report=report)
-                written = _looks(target, WEIGHTS, REPORT)
+                saved = write_folder(
+                    ready.adapter, target, overwrite=replaces, report=report.to_dict()
+                )
+                written = _looks(target, WEIGHTS, CONFIG, REPORT)
     except Exception as error:
         return _failure(run, job, "writing", error)
     outcome = Outcome(
         job.item.source,
         target,
         "corrected",
-        report=replace(report, modules={}),
-        left_out=tuple(left_out),
+        report=replace(report, modules={}, **saved.in_report()),
+        left_out=tuple(saved.left_out),
         totals=report.totals,
         seconds=loaded.seconds + ready.seconds + time.perf_counter() - start,
         bytes_in=loaded.size,
         bytes_out=written[0][0],
     )
     state = None if loaded.state is None else loaded.state + written
-    return Done(job.number, outcome, _line(job, run.digest, report.source, report.totals, state))
+    return Done(job.number, outcome, _line(run, job, report, state))
 
 
 def failed(run: Run, job: Job, kind: Kind, error: str) -> Done:
@@ -188,7 +195,7 @@ def _recognised(run: Run, job: Job, *, joined: bool) -> Done | None:
         return None
     status: Status = "corrected" if job.again else "skipped"
     outcome = Outcome(source, target, status, totals=report.totals)
-    return Done(job.number, outcome, _line(job, run.digest, report.source, report.totals, state))
+    return Done(job.number, outcome, _line(run, job, report, state))
 
 
 def _failure(run: Run, job: Job, kind: Kind, error: Exception) -> Done:
@@ -204,16 +211,16 @@ def _failure(run: Run, job: Job, kind: Kind, error: Exception) -> Done:
     return failed(run, job, _KINDS.get(type(error), kind), text)
 
 
-def _line(
-    job: Job, digest: str, source: dict[str, Any], total: Totals, state: State
-) -> dict[str, Any]:
+def _line(run: Run, job: Job, report: Report, state: State) -> dict[str, Any]:
     return {
         "output": job.item.target,
-        "source": source,
-        "settings": digest,
+        "source": report.source,
+        "made_by": report.made_by,
+        "settings": run.digest,
         "result": "corrected",
-        "totals": total.to_dict(),
-        "files": state,
+        "totals": report.totals.to_dict(),
+        # Whether uncorrected tensors are wanted is a question for the report.
+        "files": None if report.passed_through else state,
     }
 
 
@@ -224,7 +231,9 @@ def _state(source: str, target: Path | None = None) -> State:
     None if one is not there, as with a hub id.
     """
     try:
-        return _looks(source, WEIGHTS, CONFIG) + (_looks(target, WEIGHTS, REPORT) if target else [])
+        return _looks(source, WEIGHTS, CONFIG) + (
+            _looks(target, WEIGHTS, CONFIG, REPORT) if target else []
+        )
     except OSError:
         return None
 

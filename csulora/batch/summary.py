@@ -6,6 +6,7 @@ figures whose distribution is shown.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import statistics
@@ -13,14 +14,15 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csulora.adapter import WEIGHTS
 from csulora.batch.sources import Item
 from csulora.errors import CsuloraError
+from csulora.files.plain import PIECE, open_regular, reading, sync
 from csulora.outcome import Outcome
+from csulora.output import WEIGHTS
 
 SLOWEST = 5
 EXTREMES = 5  # outliers named at each end of each figure
@@ -154,7 +156,11 @@ def probe(items: Sequence[Item], out_dir: Path) -> float | None:
         with tempfile.TemporaryFile(dir=folder) as target:
             start = time.perf_counter()
             for item in items[:: max(1, len(items) // PROBE_FILES)][:PROBE_FILES]:
-                copied += _copy(os.path.join(item.source, WEIGHTS), target)
+                source = os.path.join(item.source, WEIGHTS)
+                for piece in _pieces(source, PROBE_BYTES - copied):
+                    target.write(piece)
+                    copied += len(piece)
+                sync(target)
                 if copied >= PROBE_BYTES:
                     break
             seconds = time.perf_counter() - start
@@ -163,17 +169,12 @@ def probe(items: Sequence[Item], out_dir: Path) -> float | None:
     return 2 * copied / seconds if copied else None
 
 
-def _copy(source: str, target: Any) -> int:
-    if not os.path.isfile(source):
-        return 0
-    size = 0
-    with open(source, "rb") as file:
-        while piece := file.read(1 << 20):
-            target.write(piece)
-            size += len(piece)
-    target.flush()
-    os.fsync(target.fileno())
-    return size
+def _pieces(source: str, limit: int) -> Iterator[bytes]:
+    """At most `limit` bytes of a file, none of one that cannot be read: it fails in its turn."""
+    with contextlib.suppress(CsuloraError), reading(source), open_regular(source) as file:
+        while piece := file.read(min(PIECE, limit)):
+            limit -= len(piece)
+            yield piece
 
 
 def _keep(heap: list[Any], size: int, entry: tuple[float, Any]) -> None:

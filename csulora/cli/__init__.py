@@ -74,6 +74,7 @@ def _unforeseen(error: Exception, arguments: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     inputs = [getattr(arguments, name, None) for name in ("base", "aligned", "adapter", "subspace")]
+    inputs += getattr(arguments, "folders", [])
     files = ", ".join(name for name in inputs if name) or "csulora"
     text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return f"{files}: {text} ({TRACEBACK}=1 shows where)"
@@ -94,5 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_estimate(commands)
     options.add_correct(commands)
     options.add_inspect(commands)
+    options.add_verify(commands)
     options.add_demo(commands)
     return parser

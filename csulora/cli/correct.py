@@ -117,6 +117,8 @@ def _call(arguments: argparse.Namespace) -> Call:
         dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
         portable=arguments.portable,
         pass_through=arguments.pass_through,
+        again=arguments.again,
+        strict_base=arguments.strict_base,
         backend=arguments.backend,
         device=arguments.device,
     )

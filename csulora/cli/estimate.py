@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             backend=arguments.backend,
             progress=report,
+            warn=lambda text: report.say(f"csulora: warning: {one_line(text)}"),
         )
     subspace.save(out)
     ranks = sorted(module.rank for module in subspace.modules.values())

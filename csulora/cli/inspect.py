@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_report(stdout(), report, correction, list(zip(SWEEP, others, strict=True)))
         if arguments.plot:
-            print(f"plot: {arguments.plot}")
+            print(f"plot: {one_line(arguments.plot)}")
     for warning in report.warnings:
         print(f"csulora: warning: {one_line(warning)}", file=sys.stderr)
     return 0

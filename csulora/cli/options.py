@@ -80,6 +80,7 @@ def add_correct(commands: Commands) -> None:
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where to write")
     _add_strengths(parser)
     _add_form(parser.add_argument_group("form of the result"))
+    _add_refusals(parser.add_argument_group("what is refused"))
     _add_batch(parser.add_argument_group("many adapters"))
     _add_running(parser.add_argument_group("where it runs"))
     group = parser.add_argument_group("what is shown")
@@ -111,10 +112,36 @@ def add_inspect(commands: Commands) -> None:
     group.add_argument(
         "--pass-through",
         action="store_true",
-        help="leave out tensors that are not a LoRA update on a linear weight instead of refusing",
+        help="leave out tensors that are not a LoRA update on a linear weight or embedding instead of "
+        "refusing",
     )
     group.add_argument("--plot", metavar="FILE.png", help="heat maps, before and after")
     _add_json(group)
+
+
+def add_verify(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        help="say whether outputs are still what was written",
+        description="Compare outputs with their reports and, where given, with source and subspace.",
+        examples="""
+  csulora verify corrected
+  csulora verify corrected/my-adapter --source my-adapter --subspace subspace.safetensors""",
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="an output, or a folder that holds some"
+    )
+    parser.add_argument(
+        "--source",
+        metavar="DIR",
+        help="the adapter it was made of, or the folder that holds those of all, laid out alike",
+    )
+    parser.add_argument("--subspace", metavar="FILE", help="the subspace it was made with")
+    group = parser.add_argument_group("where it runs")
+    _add_backend(group)
+    _add_device(group)
+    _add_json(parser.add_argument_group("what is shown"))
 
 
 def add_demo(commands: Commands) -> None:
@@ -236,10 +263,22 @@ def _add_form(group: Group) -> None:
         action="store_true",
         help="write the form that PEFT, vLLM, SGLang and LoRAX read alike",
     )
+
+
+def _add_refusals(group: Group) -> None:
     group.add_argument(
         "--pass-through",
         action="store_true",
-        help="copy tensors that are not a LoRA update on a linear weight instead of refusing",
+        help="copy tensors that are not a LoRA update on a linear weight or embedding instead of "
+        "refusing",
+    )
+    group.add_argument(
+        "--again", action="store_true", help="correct outputs of csulora once more, too"
+    )
+    group.add_argument(
+        "--strict-base",
+        action="store_true",
+        help="refuse adapters that name neither model of the subspace, instead of a warning",
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,22 @@ from csulora.errors import CsuloraError
 from csulora.files.folders import inside
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
-from csulora.files.safetensors import open_safetensors, read_tensor
+from csulora.files.layouts import of_a_sense
+from csulora.files.names import model_name
+from csulora.files.peft_config import CONFIG_LIMIT
+from csulora.files.quantised import PACKED, kind_of_config, kind_of_weight
+from csulora.files.safetensors import Header, open_safetensors, read_tensor
+from csulora.text import encodable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+WEIGHT = ".weight"
+# Leaves of the names of input embeddings and output heads, as far as models tie them.
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "embeddings"}
+)
+_HEADS = frozenset({"lm_head", "embed_out"})
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -29,20 +42,30 @@ class Weight:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, F16, ...
+    header: Header  # of its file, which must not have changed when the weight is read
+    quantised: str = ""  # by which method, if it is
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: every `*.weight` by module name, and the model's configuration."""
+    """A checkpoint folder: every `*.weight` by module name, and the model's configuration.
+
+    A model that ties its output head to the input embeddings stores one weight; it is listed for both.
+    """
 
     name: str
     folder: Path
     weights: dict[str, Weight]
+    promised: dict[str, Path]  # by module, weights that an index lists and no shard holds
     config: dict[str, object]
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> Checkpoint:
+    def open(
+        cls, source: str | os.PathLike[str], warn: Callable[[str], object] = warnings.warn
+    ) -> Checkpoint:
         """List the weights of a local folder or a hub id.
+
+        `warn` is told where files contradict each other, and what was done about it.
 
         Raises CsuloraError for a folder without safetensors weights, a malformed file or an index
         that points outside the folder.
@@ -50,21 +73,40 @@ class Checkpoint:
         folder = resolve_source(source, HUB_PATTERNS)
         if not folder.is_dir():
             raise CsuloraError(f"{folder}: expected a checkpoint folder, found a file")
+        config_file = folder / "config.json"
+        config = read_json(config_file, CONFIG_LIMIT) if os.path.lexists(config_file) else {}
+        files, index = _files(folder, warn)
         weights: dict[str, Weight] = {}
-        for file, names in _files(folder).items():
-            weights.update(_list_weights(file, names))
-        config = folder / "config.json"
+        present: set[str] = set()
+        for file in files:
+            names, found = _list_weights(file, kind_of_config(config))
+            present |= names
+            weights.update(found)
+        absent = {name: file for name, file in index.items() if name not in present}
+        if absent:
+            first = min(absent)
+            warn(
+                f"{folder / INDEX}: lists {len(absent)} tensor(s) that no shard holds, such as {first} "
+                f"in {absent[first].name}"
+            )
         return cls(
-            name=Path(os.path.abspath(folder)).name if Path(source).exists() else str(source),
+            name=encodable(
+                model_name(os.path.abspath(folder)) if Path(source).exists() else str(source)
+            ),
             folder=folder,
-            weights=weights,
-            config=read_json(config) if config.exists() else {},
+            weights=weights | _tied_head(weights, config),
+            promised={
+                name.removesuffix(WEIGHT): file
+                for name, file in absent.items()
+                if name.endswith(WEIGHT)
+            },
+            config=config,
         )
 
     def read(self, module: str) -> Tensor:
         """The weight of one module as stored: float32, bfloat16 or float16, on the CPU.
 
-        The file is opened for this one read, so that the pages of earlier weights can be dropped.
+        Raises CsuloraError also where the file has changed since the checkpoint was opened.
         """
         weight = self.weights[module]
         if weight.dtype not in FLOAT_DTYPES:
@@ -72,16 +114,17 @@ class Checkpoint:
                 f"{weight.file}: tensor {weight.name} is {weight.dtype}; "
                 "use an unquantized checkpoint in float32, bfloat16 or float16"
             )
-        with open_safetensors(weight.file) as handle:
-            return read_tensor(handle, weight.file, weight.name).clone()
+        return read_tensor(weight.header, weight.name)
 
 
-def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """Weight files of a folder, each with the names that the index promises (None: all)."""
-    if (folder / SINGLE).exists():
-        return {folder / SINGLE: None}
+def _files(folder: Path, warn: Callable[[str], object]) -> tuple[list[Path], dict[str, Path]]:
+    """Weight files of a folder, in the order in which transformers reads them, and the index."""
     index = folder / INDEX
-    if not index.exists():
+    if os.path.lexists(folder / SINGLE):
+        if os.path.lexists(index) and _lists_shards(index):
+            warn(f"{folder}: holds {SINGLE} and {INDEX}; read is {SINGLE}, as by transformers")
+        return [folder / SINGLE], {}
+    if not os.path.lexists(index):
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise CsuloraError(
@@ -92,31 +135,57 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CsuloraError(f"{index}: has no weight_map")
-    files: dict[Path, set[str] | None] = {}
+    entries: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CsuloraError(f"{index}: entry of {name} is not a file name")
-        names = files.setdefault(inside(folder, file, index), set())
-        assert names is not None
-        names.add(name)
-    return files
+        entries[name] = inside(folder, file, index)
+    return sorted(set(entries.values())), entries
 
 
-def _list_weights(file: Path, names: set[str] | None) -> dict[str, Weight]:
+def _lists_shards(index: Path) -> bool:
+    """Whether an index that nobody needs speaks of other files than the one beside it."""
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except CsuloraError:
+        return True
+    return not isinstance(weight_map, dict) or any(file != SINGLE for file in weight_map.values())
+
+
+def _list_weights(file: Path, method: str) -> tuple[set[str], dict[str, Weight]]:
+    """All tensor names of a file, and its weights by module, quantised by `method` if they are."""
     if file.suffix != ".safetensors":
         raise CsuloraError(f"{file}: not a safetensors file; other formats are never read")
     found = {}
-    with open_safetensors(file) as handle:
-        present = set(handle.keys())
-        missing = sorted((names or set()) - present)
-        if missing:
-            raise CsuloraError(
-                f"{file}: the index promises tensor {missing[0]}, which is not there"
-            )
-        for name in sorted(present if names is None else names):
-            if name.endswith(".weight"):
-                piece = handle.get_slice(name)
-                found[name.removesuffix(".weight")] = Weight(
-                    name, file, tuple(piece.get_shape()), piece.get_dtype()
-                )
-    return found
+    with open_safetensors(file) as opened:
+        header = opened.header
+    present = header.entries
+    for name in sorted(present):
+        module, kind = name, ""
+        for suffix, packed in ((WEIGHT, ""), *PACKED.items()):
+            if name.endswith(suffix):
+                module, kind = name.removesuffix(suffix), packed
+        if module == name or (kind and module + WEIGHT in present):
+            continue
+        entry = present[name]
+        kind = kind or kind_of_weight(module, entry.dtype, present)
+        quantised = kind and (method or kind)
+        found[module] = Weight(name, file, entry.shape, entry.dtype, header, quantised)
+    return set(present), found
+
+
+def _tied_head(weights: Mapping[str, Weight], config: Mapping[str, object]) -> dict[str, Weight]:
+    """The input embeddings' weight as that of `lm_head`, where the configuration ties the two.
+
+    transformers ties unless told otherwise, and looks into the configuration of the text model too.
+    """
+    leaves = {name: name.rpartition(".")[2] for name in weights}
+    if not config or not _HEADS.isdisjoint(leaves.values()):
+        return {}
+    said = [
+        part["tie_word_embeddings"]
+        for part in (config, config.get("text_config"))
+        if isinstance(part, Mapping) and "tie_word_embeddings" in part
+    ]
+    found = [name for name in weights if leaves[name] in _EMBEDDINGS and not of_a_sense(name)]
+    return {"lm_head": weights[found[0]]} if len(found) == 1 and (not said or True in said) else {}

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from csulora.errors import CsuloraError, DiskFullError, ExistsError
 from csulora.files.locks import hold, open_locked
+from csulora.files.plain import mode_of
 
-_LOCK = "lock"
+# What is in the temporary folder of an output: its lock, the output to be, the one that it replaces.
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 _WORKED_IN: list[Path] = []  # folders that `make_folders` does not make
 # What a killed run leaves beside a folder: its temporary folder, its lock.
 _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
@@ -23,13 +25,19 @@ _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that is renamed onto it on success and removed on failure."""
+    """A temporary path beside `path` that is renamed onto it on success and removed on failure.
+
+    The file has the permission bits of the one that it replaces.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    mode = mode_of(path)
     try:  # from here on, as a signal may come between any two steps
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(temporary, flags, 0o666 if mode is None else 0o600))
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -41,27 +49,64 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that is renamed onto it on success and removed on failure.
 
     With `overwrite` an existing folder is replaced, otherwise it is an error; a file or a link is never
-    replaced. What a killed run left behind is for `recover_folders`. Raises ExistsError.
+    replaced. What a killed run left behind is for `recover_folders`. Raises ExistsError, and CsuloraError
+    where the folder that it stands in has been replaced meanwhile, say by a link.
     """
     make_folders(path.parent)
+    parent = os.stat(path.parent)
     with _temporary(path) as temporary:
-        inner = temporary / "new"
+        inner = temporary / _NEW
         inner.mkdir()
         yield inner
-        for folder in [inner, *(p for p in inner.rglob("*") if p.is_dir())]:
+        for folder, _, _ in os.walk(inner):
             _sync_folder(folder)
         check_folder(path)
-        if path.exists():
-            if not overwrite:
-                raise ExistsError(f"{path}: already exists")
-            os.rename(path, temporary / "old")
-        try:
-            os.rename(inner, path)
-        except OSError:
-            if (temporary / "old").exists():
-                os.rename(temporary / "old", path)
-            raise
+        if path.exists() and not overwrite:
+            raise ExistsError(f"{path}: already exists")
+        if not os.path.samestat(parent, os.stat(path.parent)):
+            raise CsuloraError(f"{path.parent}: became another folder while this wrote to it")
+        _put_in_place(temporary, path)
         _sync_folder(path.parent)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """The new folder where the old one was; on any failure, Ctrl-C too, the old one is put back."""
+    old, new = temporary / _OLD, temporary / _NEW
+    try:
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+    except BaseException as error:
+        if not _keeps_old(temporary):
+            raise
+        try:
+            os.rename(old, path)
+        except OSError:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise CsuloraError(
+                f"{path}: cannot be replaced ({reason}); what it held is now {old} and comes back with "
+                "the next run for it"
+            ) from None
+        raise
+
+
+def _keeps_old(temporary: Path) -> bool:
+    """Whether an output was set aside there and nothing has taken its place: maybe its only copy."""
+    return os.path.lexists(temporary / _OLD) and os.path.lexists(temporary / _NEW)
+
+
+def check_no_links(root: Path, folder: Path) -> None:
+    """Raise CsuloraError if a link stands where a folder below `root` should be, down to `folder`.
+
+    root is not looked at: it is where the caller said that outputs go.
+    """
+    for place in (folder, *folder.parents):
+        if place == root:
+            return
+        if place.is_symlink():
+            raise CsuloraError(
+                f"{place}: is a link; outputs are not written through links, remove it"
+            )
 
 
 def check_folder(path: Path) -> None:
@@ -88,8 +133,20 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not _keeps_old(temporary):
+            _remove(temporary)
         os.close(file)
+
+
+def _remove(temporary: Path) -> None:
+    """The lock goes last: without it nobody would know the rest for a leftover."""
+    with contextlib.suppress(RecursionError):
+        for name in (_NEW, _OLD):
+            shutil.rmtree(temporary / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if os.listdir(temporary) == [_LOCK]:
+            (temporary / _LOCK).unlink()
+        temporary.rmdir()
 
 
 @contextlib.contextmanager
@@ -116,12 +173,15 @@ def not_made_anew(path: Path) -> Iterator[None]:
 
 def make_folders(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them durable."""
-    if not path.is_dir():
+    missing = []
+    while not path.is_dir() and path != path.parent:
         if path in _WORKED_IN:
             raise FileNotFoundError(errno.ENOENT, "was removed or renamed", str(path))
-        make_folders(path.parent)
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def recover_folders(parent: Path, names: Collection[str]) -> None:
@@ -130,9 +190,10 @@ def recover_folders(parent: Path, names: Collection[str]) -> None:
     Half-written folders are removed; a folder that was set aside to be replaced comes back. One pass
     over `parent`, so call it once for many names. What cannot be undone stays, and fails its own folder.
     """
-    if not parent.is_dir():
-        return
-    for entry in list(os.scandir(parent)):
+    entries = []
+    with contextlib.suppress(OSError), os.scandir(parent) as found_there:
+        entries = list(found_there)
+    for entry in entries:
         found = _LEFT_BEHIND.fullmatch(entry.name)
         if found is None or found[1] not in names:
             continue
@@ -155,22 +216,26 @@ def _recover_folder(temporary: Path, path: Path) -> None:
     present = set(os.listdir(temporary))
     if not present:
         temporary.rmdir()
-    if _LOCK not in present or not present <= {_LOCK, "new", "old"}:
+    if _LOCK not in present or not present <= {_LOCK, _NEW, _OLD}:
         return
     file = os.open(temporary / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         hold(file)
-        old = temporary / "old"
-        if old.exists() and not os.path.lexists(path):
-            os.rename(old, path)  # killed between the two renames of whole_folder
-        shutil.rmtree(temporary, ignore_errors=True)
+        if _keeps_old(temporary):
+            # Between the two renames of whole_folder. Where something else has come meanwhile, what was
+            # set aside stays.
+            if os.path.lexists(path):
+                return
+            os.rename(temporary / _OLD, path)
+        _remove(temporary)
     finally:
         os.close(file)
 
 
 def check_apart(target: Path, source: Path) -> None:
     """Raise CsuloraError where one of two folders lies inside the other."""
-    new, origin = target.resolve(), source.resolve()
+    # `Path.resolve` raises on links in a circle.
+    new, origin = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if new.is_relative_to(origin) or origin.is_relative_to(new):
         raise CsuloraError(f"{target}: lies inside the adapter {source} or around it")
 
@@ -185,7 +250,7 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or "\\" in name:
         raise CsuloraError(f"{source}: entry {name!r} points outside its folder; refused")
     path = folder / name
-    target, root = path.resolve(), folder.resolve()
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     caches = [parent.parent for parent in root.parents if parent.name == "snapshots"]
     allowed = [root, *(cache / "blobs" for cache in caches)]
     if not any(target.is_relative_to(folder) for folder in allowed):
@@ -193,15 +258,9 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     return path
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_folder(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

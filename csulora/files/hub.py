@@ -37,6 +37,8 @@ def resolve_source(name: str | os.PathLike[str], patterns: list[str]) -> Path:
     text = os.fspath(name)
     if os.path.exists(text):
         return Path(text)
+    if os.path.islink(text):
+        raise CsuloraError(f"{text}: a link that leads nowhere")
     # Below a folder that is here a name is a path, mistyped.
     if not _ID.fullmatch(text) or ("/" in text and os.path.isdir(text.partition("/")[0])):
         raise CsuloraError(f"{text}: no such folder")

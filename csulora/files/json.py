@@ -11,16 +11,20 @@ from typing import Any
 from csulora.errors import CsuloraError
 from csulora.files.plain import read_bytes
 
+JSON_LIMIT = 64 << 20  # bytes of a file: indices and reports name every module of a model
+# Of a file. A value takes many times its text in memory; a tensor's entry in a header has about seven.
+MOST_VALUES = 1 << 21
 
-def read_json(path: Path) -> dict[str, Any]:
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """A JSON object from a file; numbers and text that could not be written back are refused."""
-    return parse_json(path, read_bytes(path))
+    return parse_json(path, read_bytes(path, limit))
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """`read_json` of a file whose bytes are at hand."""
     try:
-        value = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+        value = load_json(data, parse_constant=finite, parse_float=finite)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CsuloraError(f"{path}: not readable as JSON ({error})") from None
@@ -29,7 +33,19 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _finite(literal: str) -> float:
+def load_json(data: bytes | bytearray, **options: Any) -> Any:
+    """The value of a JSON text in UTF-8; options as in `json.loads`.
+
+    Raises ValueError, also for more values than any file of ours holds, and RecursionError.
+    """
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES} values")
+    return json.loads(data.decode(), **options)
+
+
+def finite(literal: str) -> float:
+    """The number of a JSON literal; ValueError for NaN, infinities and what float64 does not reach."""
     value = float(literal)
     if not math.isfinite(value):
         raise ValueError(f"{literal} is not a finite number")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +27,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def open_locked(path: Path, *, wait: bool = False) -> int:
-    """A file, made if it is missing, open and locked. Raises BlockingIOError if it is held."""
+    """A file, made if it is missing, open and locked.
+
+    Raises BlockingIOError if it is held, and OSError for a link, a pipe or a device.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        file = os.open(path, flags, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
             hold(file, wait=wait)
             # Whoever held it may have removed the file meanwhile, and others may have made a new one.
             with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Module names: matching an adapter's to a checkpoint's, and PEFT's rule for patterns."""
+"""Module names: matching an adapter's to a checkpoint's, and their order."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Collection, Iterable
 
 from csulora.errors import CsuloraError
 
-MOST_REPEATS = 4  # of a pattern key; names of modules are short, and so are their patterns
 SHOWN = 3  # of the names that fit one that should fit one alone
+SEE_LIKE = (
+    "these have to be among the modules of the subspace and of the checkpoints: "
+    "see csulora estimate --like"
+)
 
 
-def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> dict[str, str]:
+def match_modules(
+    wanted: Iterable[str], known: Collection[str], where: str, remedy: str = SEE_LIKE
+) -> dict[str, str]:
     """Map each wanted module name to a known one: the same name, else a unique suffix.
 
     One name is a suffix of the other when it ends it at a dot, so `transformer.h.0.mlp.c_fc` of a
-    model class matches `h.0.mlp.c_fc` of its checkpoint. `where` names the place of `known` in errors.
+    model class matches `h.0.mlp.c_fc` of its checkpoint. Errors begin with `where`, the place of `known`,
+    and end with `remedy`.
 
     Raises CsuloraError that lists every name without a match, with several, or sharing one.
     """
@@ -41,8 +47,7 @@ def match_modules(wanted: Iterable[str], known: Collection[str], where: str) -> 
     if problems:
         shown = ", ".join(problems[:8]) + (f", and {len(problems) - 8} more" * (len(problems) > 8))
         raise CsuloraError(
-            f"{where}: no unique match for {len(problems)} module(s): {shown}; these have to be among "
-            "the modules of the subspace and of the checkpoints: see csulora estimate --like"
+            f"{where}: no unique match for {len(problems)} module(s): {shown}; {remedy}"
         )
     return matched
 
@@ -52,21 +57,16 @@ def ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def pattern_value(pattern: dict[str, float], name: str, default: float) -> float:
-    """The entry of a PEFT `rank_pattern` or `alpha_pattern` for a module name.
+def model_name(text: str) -> str:
+    """What a model is called, of a hub id or a path: its last part, or the id in a hub cache's path.
 
-    PEFT's rule: the first key that, as a regular expression, matches the whole name or what follows
-    one of its dots.
+    Organisations do not count: mirrors of a model have others.
     """
-    for key, value in pattern.items():
-        if re.match(pattern_regex(key), name):
-            return value
-    return default
-
-
-def pattern_regex(key: str) -> str:
-    """The regular expression that PEFT makes of a pattern key."""
-    return rf"(.*\.)?({key})$"
+    parts = [part for part in re.split(r"[/\\]", text.strip()) if part not in ("", ".")]
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached and "snapshots" in parts:
+        parts = cached[-1].split("--")
+    return parts[-1] if parts else ""
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
@@ -75,24 +75,6 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
         (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
         for part in name.split(".")
     ]
-
-
-def is_tame(key: str) -> bool:
-    """Whether matching a pattern key takes a time in proportion to a low power of a name's length.
-
-    Backtracking explodes where what is repeated can itself match in several ways, so no repeated group
-    may hold a repeat or a choice, and repeats may not be many.
-    """
-    plain = re.sub(r"\\.|\[[^\]]*\]", "x", key)  # neither escapes nor sets repeat anything
-    group = re.compile(r"\(([^()]*)\)([*+{?]?)")
-    while found := group.search(plain):
-        inner, repeat = found.groups()
-        if repeat in ("*", "+", "{") and re.search(r"[*+{|?]", inner.removeprefix("?:")):
-            return False
-        # What is in a group stays a repeat or a choice of the group around it.
-        flat = "".join(re.findall(r"[*+{|]", inner))
-        plain = plain[: found.start()] + "x" + flat + repeat + plain[found.end() :]
-    return len(re.findall(r"[*+{]", plain)) <= MOST_REPEATS
 
 
 class _Endings:

@@ -1,21 +1,21 @@
-"""`adapter_config.json`: what PEFT would make of it, and the configuration of a corrected adapter."""
+"""`adapter_config.json`: what is taken of it, and the configuration of a corrected adapter."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from csulora.errors import CsuloraError
 from csulora.files.json import parse_json
-from csulora.files.names import is_tame, pattern_regex, pattern_value
+from csulora.files.peft_ranks import Rules, rescaled
 
 FILE = "adapter_config.json"
+CONFIG_LIMIT = 16 << 20  # bytes of this file and of a model's configuration
 IN_MEMORY = "configuration"  # what errors call one that comes from no file
 
 # Variants under which B A is not the update of the weight, or not one update per weight. PEFT writes
@@ -70,18 +70,10 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CsuloraError(f"{path}: {field} must be an object, not {pattern!r}")
         for key, value in pattern.items():
             _check_number(path, f"{field}[{key!r}]", value, integral=field == "rank_pattern")
-            if not is_tame(key):
-                raise CsuloraError(
-                    f"{path}: {field} key {key!r}: repeats within repeats, which can take for ever to "
-                    "match; name the modules instead"
-                )
-            try:
-                re.compile(pattern_regex(key))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise CsuloraError(f"{path}: {field} key {key!r}: {error}") from None
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list):
         raise CsuloraError(f"{path}: target_parameters must be a list, not {parameters!r}")
+    Rules(path, config)  # compiles the patterns
     for field, meaning in _VARIANTS.items():
         if config.get(field):
             raise CsuloraError(f"{path}: {field} is set ({meaning}); this cannot be corrected")
@@ -94,70 +86,35 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def module_rank(config: Mapping[str, Any], name: str) -> int:
-    """The rank PEFT gives the module of this name."""
-    return int(pattern_value(config.get("rank_pattern") or {}, name, config["r"]))
-
-
-def module_alpha(config: Mapping[str, Any], name: str) -> float:
-    """The lora_alpha PEFT gives the module of this name."""
-    return pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-
-
-def scaling(alpha: float, rank: int, rslora: bool) -> float:
-    """s in dW = s B A, by PEFT's rule: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def alpha_for_rank(alpha: float, old_rank: int, new_rank: int, rslora: bool) -> float:
-    """The lora_alpha that keeps s when the rank changes; stays an integer where it can."""
-    if new_rank == old_rank:
-        return alpha
-    if rslora:
-        return alpha * math.sqrt(new_rank / old_rank)
-    exact = alpha * new_rank / old_rank
-    return int(exact) if float(exact).is_integer() else exact
-
-
 def corrected_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float]
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    others: Mapping[str, Tensor],
+    kept: Iterable[str],
+    before: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The configuration under which PEFT gives every module its new rank and alpha.
+    """The configuration under which PEFT gives modules these ranks and alphas, see `rescaled`.
 
-    Where nothing changed the patterns stay as they are; otherwise the most common value becomes the
-    default and each other module gets an entry of its own, longest names first, so that no entry can
-    shadow another.
+    others: the tensors of the file besides those of the modules; only they can be biases.
     """
     new = dict(config)
     if isinstance(new.get("init_lora_weights"), str):
         new["init_lora_weights"] = True  # an initialisation has no say once there are weights
-    same = all(
-        module_rank(config, name) == ranks[name] and module_alpha(config, name) == alphas[name]
-        for name in ranks
-    )
-    if same:
-        return new
-    if config.get("target_parameters"):
-        # PEFT knows these by names that tensors do not carry; they keep the defaults and patterns they
-        # had, and every corrected module is named before them.
-        for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            new[key] = _longest_first(values) | (config.get(key) or {})
-        return new
-    new["r"], new["rank_pattern"] = _default_and_rest(ranks)
-    new["lora_alpha"], new["alpha_pattern"] = _default_and_rest(alphas)
-    return new
+    # Servers refuse the mention of biases; so what the file does not hold is not mentioned.
+    biases = [name for name in others if name.endswith(".bias")]
+    lora_biases = [name for name in biases if ".lora_" in name]
+    if "bias" in new and len(biases) == len(lora_biases):
+        new["bias"] = "none"
+    if "lora_bias" in new and not lora_biases:
+        new["lora_bias"] = False
+    return new | rescaled(FILE, config, ranks, alphas, kept, before)
 
 
 def portable_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """The form that every serving stack reads alike: one rank, lora_alpha = r, nothing else."""
     new = dict(config)
     new.update(r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False)
-    # The adapter holds no biases, or it would have been refused; servers reject the mention of them.
-    new.update(
-        {key: value for key, value in (("bias", "none"), ("lora_bias", False)) if key in new}
-    )
-    if isinstance(new.get("init_lora_weights"), str):
-        new["init_lora_weights"] = True
     return new
 
 
@@ -166,23 +123,6 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{value!r} is not a value of a configuration file")
-
-
-def _default_and_rest(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    counts = Counter(values.values())
-    default = max(counts, key=lambda value: (counts[value], value))
-    rest = [name for name in values if values[name] != default]
-    # A key is a regular expression that may match after any dot of a longer name.
-    shadowing = [
-        name
-        for name in values
-        if values[name] == default and any(name.endswith("." + other) for other in rest)
-    ]
-    return default, _longest_first({name: values[name] for name in [*rest, *shadowing]})
-
-
-def _longest_first(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in sorted(values, key=lambda name: (-len(name), name))}
 
 
 def _check_number(path: Path, field: str, value: Any, *, integral: bool = False) -> None:

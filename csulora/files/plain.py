@@ -1,63 +1,166 @@
-"""Single files: read, hashed, written and made durable; malformed ones are one CsuloraError each."""
+"""Single files: opened, read, hashed, written and made durable; malformed ones are one CsuloraError each.
+
+Whatever comes from outside is opened here. The open never waits, as it would for a named pipe, and what
+was opened is looked at, not what its name stood for a moment before.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
-import shutil
+import stat
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError
-from csulora.files.folders import make_folders
+
+PIECE = 1 << 20  # bytes read, hashed or copied at a time
 
 
-def read_bytes(path: Path) -> bytes:
-    """A small file whole."""
-    check_regular(path)
+def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> FileIO:
+    """A file from outside, open for reading and without a buffer.
+
+    Raises CsuloraError for what is no regular file or has more than `limit` bytes, OSError for what
+    cannot be opened (see `reading`).
+    """
     try:
-        return path.read_bytes()
+        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
+    except ValueError:  # no name that the system knows
+        raise CsuloraError(f"{path!r}: cannot be the name of a file") from None
+    size = os.fstat(file.fileno()).st_size
+    if limit is not None and size > limit:
+        file.close()
+        raise CsuloraError(f"{path}: has {size} bytes; at most {limit} are read")
+    return file
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the file system says while `path` is being read into one CsuloraError."""
+    try:
+        yield
     except FileNotFoundError:
         raise CsuloraError(f"{path}: no such file") from None
     except OSError as error:
         raise CsuloraError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def check_regular(path: Path) -> None:
-    """Refuse what is there but no file: opening a named pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise CsuloraError(f"{path}: not a regular file; refused")
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A small file whole, of at most `limit` bytes."""
+    with reading(path), open_regular(path, limit=limit) as file:
+        before = os.fstat(file.fileno())
+        data = bytearray()
+        while len(data) <= before.st_size and (piece := file.read(PIECE)):
+            data += piece
+        if len(data) != before.st_size or stamp(os.fstat(file.fileno())) != stamp(before):
+            raise changed(path)
+    return bytes(data)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, limit: int | None = None) -> str:
     """Hex sha256 of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CsuloraError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading(path), open_regular(path, limit=limit) as file:
+        return hash_rest(file, hashlib.sha256())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write and fsync a small file."""
+def hash_rest(file: FileIO, digest: Any) -> str:
+    """Hex digest after what is left of an open file was added."""
+    piece = memoryview(bytearray(PIECE))
+    while count := file.readinto(piece):
+        digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Write and fsync a small file; `mode` are its permission bits, if not those of any new file."""
     with open(path, "wb") as file:
         file.write(data)
-        sync(file)
+        sync(file, mode)
 
 
-def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file's contents (not its links or owner) and fsync the copy."""
-    make_folders(destination.parent)
+def copy_file(source: Path, destination: Path, limit: int | None = None) -> None:
+    """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
+
+    Holes are left out, so that a copy takes no more of the disk than its source.
+    """
+    with reading(source):
+        reader = open_regular(source, limit=limit)
+    with reader, open(destination, "wb", buffering=0) as writer:
+        found = os.fstat(reader.fileno())
+        for begin, end in _filled(source, reader, found.st_size):
+            _copy_span(source, reader, writer, begin, end)
+        if stamp(os.fstat(reader.fileno())) != stamp(found):
+            raise changed(source)
+        writer.truncate(found.st_size)
+        sync(writer, permissions(found))
+
+
+def permissions(found: os.stat_result) -> int:
+    """Who may read, write and execute it."""
+    return stat.S_IMODE(found.st_mode) & 0o777
+
+
+def mode_of(path: Path) -> int | None:
+    """The permission bits of what is there, None where nothing is."""
     try:
-        reader = open(source, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise CsuloraError(f"{source}: cannot be read ({error.strerror or error})") from None
-    with reader, open(destination, "wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        sync(writer)
+        return permissions(os.stat(path))
+    except OSError:
+        return None
 
 
-def sync(file: Any) -> None:
-    """Make what was written to an open file durable."""
+def sync(file: Any, mode: int | None = None) -> None:
+    """Make what was written to an open file durable, and before that its permission bits, if given."""
     file.flush()
+    if mode is not None:
+        os.fchmod(file.fileno(), mode)
     os.fsync(file.fileno())
+
+
+def stamp(found: os.stat_result) -> tuple[int, ...]:
+    """What is another number once a file was replaced or its content changed."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def changed(path: str | os.PathLike[str]) -> CsuloraError:
+    """The error about a file that is not what it was when it was opened."""
+    return CsuloraError(f"{path}: changed while it was being read")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CsuloraError(f"{path}: not a regular file; refused")
+    return descriptor
+
+
+def _filled(path: Path, file: FileIO, size: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of what lies between the holes of a file."""
+    end = 0
+    while end < size:
+        with reading(path):
+            try:
+                begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                end = min(os.lseek(file.fileno(), begin, os.SEEK_HOLE), size)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole up to its end
+                    raise
+                return
+        yield begin, end
+
+
+def _copy_span(path: Path, reader: FileIO, writer: FileIO, begin: int, end: int) -> None:
+    reader.seek(begin)
+    writer.seek(begin)
+    while begin < end:
+        with reading(path):
+            piece = memoryview(reader.read(min(PIECE, end - begin)) or b"")
+        if not piece:
+            raise changed(path)
+        begin += len(piece)
+        while piece:
+            piece = piece[writer.write(piece) :]

@@ -1,10 +1,11 @@
 """Safetensors files, in and out. Nothing else is ever read for tensors, and nothing is unpickled.
 
 The safetensors library maps files into memory. A mapped file that another process cuts short ends this
-one with a bus error, and one that is rewritten meanwhile is not what its digest says. So adapters come
-in by one read into memory of our own: one buffer, tensors as views of it, and the digest of those very
-bytes, each piece hashed while the processor's cache still holds it. Checkpoints and subspaces, which are
-large, are read lazily by the library.
+one with a bus error, and one that is rewritten meanwhile is not what its digest says. So files come in
+by plain reads into memory of our own: adapters and subspaces as one buffer, tensors as views of it, with
+the digest of those very bytes, each piece hashed while the processor's cache still holds it; checkpoints
+a weight at a time. The header is read first, and held to the size of the file, before room is made for
+what it speaks of.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csulora.errors import CsuloraError
-from csulora.files.plain import check_regular, sync
+from csulora.files.json import load_json
+from csulora.files.memory import room
+from csulora.files.plain import PIECE, changed, hash_rest, open_regular, reading, stamp, sync
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -42,59 +45,149 @@ SAFETENSORS_DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
-PIECE = 1 << 20  # bytes read and hashed at a time
+HEADER_LIMIT = 32 << 20  # bytes; of more than 200,000 tensors
+LARGE = (
+    64 << 20
+)  # bytes of tensors; smaller files are read sooner than checked without their content
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+# Bits of an element; the types that are not read here may stand in a checkpoint beside those that are.
+_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "C64": 64,
+}
+
+
+class Entry(NamedTuple):
+    """What a header says of one tensor: type as safetensors spells it, shape, bytes of the body."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """The checked header of a file, and what tells whether the file is still the same."""
+
+    path: Path
+    metadata: dict[str, str]
+    entries: dict[str, Entry]  # by name in order
+    start: int  # of the body, in bytes from the beginning of the file
+    stamp: tuple[int, ...]
+
+
+class Contents(NamedTuple):
+    """What a file holds, and the hex sha256 of the bytes that it was read from."""
+
+    tensors: dict[str, Tensor]  # by name in order
+    metadata: dict[str, str]
+    sha256: str
+
+
+class SafetensorsFile:
+    """An open file whose header has been read and checked; see `open_safetensors`."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self._path, self._file = path, file
+        self._digest = hashlib.sha256()
+        found = os.fstat(file.fileno())
+        size = found.st_size
+        length = int.from_bytes(_exactly(path, file, min(size, 8), self._digest), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise _malformed(path, f"a header of {length} bytes in a file of {size}")
+        text = _exactly(path, file, length, self._digest)
+        self._body = size - 8 - length  # bytes
+        metadata, entries = _parse(path, text, self._body)
+        self.header = Header(path, metadata, entries, 8 + length, stamp(found))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return self._body
+
+    def outlines(self) -> dict[str, Tensor]:
+        """All tensors without their content, on the device "meta", for checks that need none."""
+        return {
+            name: torch.empty(entry.shape, dtype=_dtype(self._path, name, entry), device="meta")
+            for name, entry in self.header.entries.items()
+        }
+
+    def read(self, *, pin_memory: bool = False) -> tuple[dict[str, Tensor], str]:
+        """All tensors by name in order, and the hex sha256 of the file. Refuses NaN and Inf."""
+        dtypes = {name: _dtype(self._path, name, e) for name, e in self.header.entries.items()}
+        body = room(self._path, self._body, pin_memory=pin_memory)
+        _fill(self._path, self._file, body.numpy().data, self._digest)
+        if _stamp(self._file) != self.header.stamp:
+            raise changed(self._path)
+        tensors = {
+            name: _view(self._path, name, body[entry.begin : entry.end], dtypes[name], entry)
+            for name, entry in self.header.entries.items()
+        }
+        # Nearly every file holds one type only: then its body is checked in one sweep.
+        kinds = set(dtypes.values())
+        one = len(kinds) == 1 and self._body and _is_finite(body.view(next(iter(kinds))))
+        if not one:
+            check_finite(self._path, tensors)
+        return tensors, self._digest.hexdigest()
+
+    def hash(self) -> str:
+        """Hex sha256 of the file."""
+        return hash_rest(self._file, self._digest)
 
 
 @contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """A lazy reader of one safetensors file (`keys`, `get_tensor`, `get_slice`, `metadata`)."""
-    check_regular(path)
-    try:
-        reader = safe_open(str(path), framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise CsuloraError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CsuloraError(f"{path}: not a readable safetensors file ({error})") from None
-    with reader as handle:
-        yield handle
-
-
-def read_tensor(handle: Any, path: Path, name: str) -> Tensor:
-    """One tensor by name; the error names file and tensor."""
-    try:
-        return handle.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise CsuloraError(f"{path}: tensor {name} cannot be read ({error})") from None
-
-
-def read_safetensors(path: Path, *, pin_memory: bool = False) -> tuple[dict[str, Tensor], str]:
-    """All tensors of a file, by name in order, and the hex sha256 of the file.
-
-    pin_memory: read into page-locked memory, which a GPU copies from without waiting.
+def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
+    """A safetensors file for one reading or hashing of all of it.
 
     Raises CsuloraError for whatever is not a well-formed safetensors file: a header that lies about
-    its length, offsets that overlap, leave gaps or point outside, unknown types, NaN or Inf.
+    its length, offsets that overlap, leave gaps or point outside, unknown types.
     """
-    check_regular(path)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            header, body, digest = _read(path, file, pin_memory)
-    except FileNotFoundError:
-        raise CsuloraError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CsuloraError(f"{path}: cannot be read ({error.strerror or error})") from None
-    tensors = dict(sorted(_views(path, header, body)))
-    if not tensors:
-        raise CsuloraError(f"{path}: holds no tensors")
-    kinds = {tensor.dtype for tensor in tensors.values()}
-    # Nearly every file holds one type only: then its body is checked in one sweep.
-    one = len(kinds) == 1 and body.numel() and _is_finite(_view(body, next(iter(kinds))))
-    if not one:
-        check_finite(path, tensors)
-    return tensors, digest
+    with reading(path), open_regular(path) as file:
+        yield SafetensorsFile(path, file)
+
+
+def read_safetensors(
+    path: Path,
+    *,
+    pin_memory: bool = False,
+    check: Callable[[dict[str, Tensor]], object] | None = None,
+) -> Contents:
+    """All of a file, in one reading.
+
+    pin_memory: read into page-locked memory, which a GPU copies from without waiting.
+    check: for a large file called with its tensors on the device "meta" before any content is read.
+
+    Raises CsuloraError as `open_safetensors`, and for NaN or Inf and a file without tensors.
+    """
+    with open_safetensors(path) as file:
+        if not file.header.entries:
+            raise CsuloraError(f"{path}: holds no tensors")
+        if check is not None and file.size >= LARGE:
+            check(file.outlines())
+        tensors, digest = file.read(pin_memory=pin_memory)
+        return Contents(tensors, file.header.metadata, digest)
+
+
+def read_tensor(header: Header, name: str) -> Tensor:
+    """One tensor of a file, which is opened for it, so that what was read before can be dropped.
+
+    Raises CsuloraError if the file is not the one of the header any more.
+    """
+    path, entry = header.path, header.entries[name]
+    dtype = _dtype(path, name, entry)
+    with reading(path), open_regular(path) as file:
+        if _stamp(file) != header.stamp:
+            raise changed(path)
+        data = room(path, entry.end - entry.begin)
+        file.seek(header.start + entry.begin)
+        _fill(path, file, data.numpy().data)
+        if _stamp(file) != header.stamp:
+            raise changed(path)
+    return _view(path, name, data, dtype, entry)
 
 
 def check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -130,7 +223,12 @@ def safetensors_chunks(
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CsuloraError(
+            f"{error.object[error.start - 40 : error.end]!r}: not a name in Unicode"
+        ) from None
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
@@ -139,94 +237,131 @@ def safetensors_chunks(
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write and fsync one safetensors file."""
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    mode: int | None = None,
+) -> str:
+    """Write and fsync one safetensors file; the hex sha256 of what was written.
+
+    mode: as in `csulora.files.plain.write_bytes`.
+    """
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for chunk in safetensors_chunks(tensors, metadata):
+            digest.update(chunk)
             file.write(chunk)
-        sync(file)
+        sync(file, mode)
+    return digest.hexdigest()
 
 
-def _read(path: Path, file: BinaryIO, pin_memory: bool) -> tuple[bytes, Tensor, str]:
-    size = os.fstat(file.fileno()).st_size
-    digest = hashlib.sha256()
-    start = _exactly(path, file, min(size, 8), digest)
-    length = int.from_bytes(start, "little")
-    if size < 8 or length > min(size - 8, HEADER_LIMIT):
-        raise _malformed(path, f"a header of {length} bytes in a file of {size}")
-    header = _exactly(path, file, length, digest)
-    body = torch.empty(size - 8 - length, dtype=torch.uint8, pin_memory=pin_memory)
-    _fill(path, file, body.numpy().data, digest)
-    if file.read(1):
-        raise CsuloraError(f"{path}: changed while it was being read")
-    return header, body, digest.hexdigest()
-
-
-def _exactly(path: Path, file: BinaryIO, size: int, digest: Any) -> bytes:
+def _exactly(path: Path, file: FileIO, size: int, digest: Any) -> bytearray:
     data = bytearray(size)
     _fill(path, file, memoryview(data), digest)
-    return bytes(data)
+    return data
 
 
-def _fill(path: Path, file: Any, view: memoryview, digest: Any) -> None:
+def _fill(path: Path, file: FileIO, view: memoryview, digest: Any = None) -> None:
     position = 0
     while position < len(view):
         count = file.readinto(view[position : position + PIECE])
         if not count:
-            raise CsuloraError(f"{path}: changed while it was being read")
-        digest.update(view[position : position + count])
+            raise changed(path)
+        if digest is not None:
+            digest.update(view[position : position + count])
         position += count
 
 
-def _views(path: Path, header: bytes, body: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the header as a view of the body, which they must tile without gap or overlap."""
+def _stamp(file: FileIO) -> tuple[int, ...]:
+    return stamp(os.fstat(file.fileno()))
+
+
+def _parse(path: Path, text: bytearray, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata, and every tensor by name; together they tile a body of `size` bytes."""
     try:
-        entries = json.loads(header.decode(), object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
-        spans = sorted(
-            (*_span(entry), name, entry["dtype"], entry["shape"]) for name, entry in entries.items()
-        )
+        if not text.startswith(b"{"):
+            raise ValueError("not an object")
+        found = load_json(text, object_pairs_hook=_unique, parse_int=_natural)
+        metadata = found.pop("__metadata__", None) or {}
+        _check_text(metadata)
+        entries = {name: _entry(value) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _malformed(path, f"header: {error!r}") from None
     position = 0
-    for begin, end, name, dtype_name, shape in spans:
-        dtype = _DTYPES.get(dtype_name)
-        if dtype is None:
-            raise _malformed(path, f"tensor {name} has the unknown type {dtype_name!r}")
-        count = math.prod(shape)
-        if begin != position or end - begin != count * dtype.itemsize or end > len(body):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        begin, end = entry.begin, entry.end
+        bits = _BITS.get(entry.dtype, 0) * _count(entry.shape)
+        known = entry.dtype in _BITS
+        if not known or begin != position or 8 * (end - begin) != bits or end > size:
+            _dtype(path, name, entry)  # an unknown type has no size
             raise _malformed(
-                path, f"tensor {name}, {dtype_name} {shape}, does not fit bytes {begin} to {end}"
+                path,
+                f"tensor {name}, {entry.dtype} {list(entry.shape[:8])}, "
+                f"does not fit bytes {begin} to {end}",
             )
         position = end
-        yield name, _view(body[begin:end], dtype).view(shape)
-    if position != len(body):
-        raise _malformed(path, f"{len(body) - position} bytes at the end belong to no tensor")
+    if position != size:
+        raise _malformed(path, f"{size - position} bytes at the end belong to no tensor")
+    return metadata, dict(sorted(entries.items()))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name occurs twice")
+    for name in found:
+        name.encode()  # half a pair of surrogates is no text
     return found
 
 
-def _span(entry: dict[str, Any]) -> tuple[int, int]:
-    begin, end = entry["data_offsets"]
-    sizes = (begin, end, *entry["shape"])
-    if not all(type(value) is int and 0 <= value < 1 << 63 for value in sizes):
-        raise ValueError(f"sizes {sizes[:8]}")
-    if not isinstance(entry["shape"], list) or not isinstance(entry["dtype"], str):
+def _natural(literal: str) -> int:
+    if literal.startswith("-"):
+        raise ValueError(f"{literal[:20]}, a negative size")
+    return int(literal)
+
+
+def _check_text(metadata: dict[str, Any]) -> None:
+    for value in metadata.values():
+        if not isinstance(value, str):
+            raise TypeError("metadata")
+        value.encode()
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(dtype, str):
         raise TypeError("shape or dtype")
-    return begin, end
+    if not all(type(size) is int and size < 1 << 63 for size in (begin, end, *shape)):
+        raise ValueError(f"sizes {(begin, end, *shape[:8])}")
+    return Entry(dtype, tuple(shape), begin, end)
 
 
-def _view(data: Tensor, dtype: torch.dtype) -> Tensor:
+def _count(shape: tuple[int, ...]) -> int:
+    """Elements of a tensor, -1 where no machine could count them, even if a later size is 0."""
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 1 << 63:
+            return -1
+    return count
+
+
+def _dtype(path: Path, name: str, entry: Entry) -> torch.dtype:
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise _malformed(path, f"tensor {name} has the unknown type {entry.dtype[:20]!r}")
+    return dtype
+
+
+def _view(path: Path, name: str, data: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
     # Other writers may not align to the element's size; such a tensor has to be copied.
     if data.storage_offset() % dtype.itemsize:
         data = data.clone()
-    return data.view(dtype)
+    try:
+        return data.view(dtype).view(entry.shape)
+    except RuntimeError as error:  # a shape that PyTorch cannot express
+        raise _malformed(path, f"tensor {name}: {error}") from None
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -259,9 +259,11 @@ def _block_cores(
     strengths = before.new_tensor(finite).reshape(-1, *[1] * inverse_energy.dim())
     if correction.granularity == "component":
         K = eye * (1 / (1 + strengths * before))[..., None, None]
-    else:
+    elif correction.granularity == "direction":
         scale = (strengths * inverse_energy)[..., None, None]
         K = torch.linalg.inv(eye + scale * (blocks.A @ blocks.B))
+    else:
+        raise NotImplementedError(correction.granularity)
     for block, strength in enumerate(correction.strengths):
         if math.isinf(strength):
             K[block] = 0

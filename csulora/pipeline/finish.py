@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from csulora.adapter import LoraAdapter, LoraModule
-from csulora.files.peft_config import alpha_for_rank, portable_config
+from csulora.errors import CsuloraError
+from csulora.files.peft_config import FILE, portable_config
+from csulora.files.peft_ranks import alpha_for_rank, check_alphas
 from csulora.method import in_float64
 from csulora.method.stages import Cores
 from csulora.pipeline.memory import Layout, allocate, balance, store
-from csulora.pipeline.plan import Member, Plan
+from csulora.pipeline.plan import Member, Plan, other_model
 from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
 from csulora.settings import Correction
 from csulora.subspace import SafetySubspace
+from csulora.text import listed
+from csulora.version import MADE_BY
 
 Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
 
@@ -24,8 +29,14 @@ Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in
 def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     """The corrected adapter and what was done to it.
 
-    Raises CsuloraError where a result, or an energy, is out of range.
+    Raises CsuloraError where a result, or an energy, is out of range, and where there is nothing to
+    correct or no configuration to say the result with.
     """
+    if not plan.members:
+        raise CsuloraError(
+            "no module could be corrected: none of its tensors is a LoRA update on a linear weight: "
+            f"{listed(plan.source.passed_through)}"
+        )
     careful = _solve_in_float64(plan, solved)
     report = _report(plan, solved)
     portable_rank = plan.portable_rank
@@ -36,12 +47,9 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
         into = memory[member.name]
         pair = _factors(member, i, solved, careful, None if plan.portable else into)
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
-    config = plan.source.config
-    if portable_rank is not None:
-        config = portable_config(config, portable_rank)
     ordered = {name: modules[name] for name in plan.source.modules}
-    adapter = replace(plan.source, modules=ordered, config=config)
-    return replace(adapter, config=adapter.written_config()), report
+    new = replace(plan.source, modules=ordered, made=_made(plan, report))
+    return _with_config(plan, new), report
 
 
 def report(plan: Plan, solved: Solved) -> Report:
@@ -55,6 +63,7 @@ def provenance(
 ) -> dict[str, dict[str, Any]]:
     """What, besides the source, determines a result, as the report states it."""
     return {
+        "made_by": dict(MADE_BY),
         "settings": {
             **correction.to_dict(),
             "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
@@ -104,7 +113,7 @@ def _module(
     old, (B, A) = member.module, pair
     rslora = bool(plan.source.config.get("use_rslora"))
     alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
-    new = LoraModule(A=A, B=B, alpha=alpha, scaling=old.scaling)
+    new = replace(old, A=A, B=B, alpha=alpha)
     if portable_rank is not None:
         new = new.portable(portable_rank)
     B, A = new.B, new.A
@@ -112,6 +121,23 @@ def _module(
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
     return replace(new, B=into[0], A=into[1])
+
+
+def _made(plan: Plan, report: Report) -> dict[str, Any]:
+    """What the file will say of how it was made."""
+    before = {"before": plan.source.made} if plan.source.made else {}
+    made = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
+    return copy.deepcopy(made | before)
+
+
+def _with_config(plan: Plan, adapter: LoraAdapter) -> LoraAdapter:
+    """The new adapter, which still has its source's configuration, with its own."""
+    before = {member.name: member.module.rank for member in plan.members}
+    if plan.portable_rank is None:
+        return replace(adapter, config=adapter.written_config(before))
+    check_alphas(FILE, adapter.config, before)
+    adapter = replace(adapter, config=portable_config(adapter.config, plan.portable_rank))
+    return replace(adapter, config=adapter.written_config())
 
 
 def _report(plan: Plan, solved: Solved) -> Report:
@@ -129,11 +155,21 @@ def _report(plan: Plan, solved: Solved) -> Report:
             f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
             f"off-subspace: {', '.join(empty[:3])}"
         )
-    source = plan.source.source
+    if plan.left_out:
+        warnings.append(
+            f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
+        )
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
+    other = other_model(plan.source.config, made["subspace"])
+    if other is not None:
+        warnings.append(other)
+    if plan.source.made:
+        warnings.append("the adapter had been corrected before")
+    source = plan.source.source
     return Report(
         modules=modules,
         totals=total,
+        made_by=made["made_by"],
         settings=made["settings"],
         subspace=made["subspace"],
         source={} if source is None else source.to_dict(),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.names import match_modules
+from csulora.files.layouts import match_layouts
+from csulora.files.names import SEE_LIKE, ends_with, model_name
+from csulora.files.peft_tensors import PREFIX
 from csulora.settings import Correction
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -42,6 +46,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype | None  # of the new factors, None: each factor's own
     portable: bool
     members: tuple[Member, ...]  # in the order of the adapter's modules
+    left_out: tuple[str, ...] = ()  # tensors of the adapter that the portable form goes without
 
     @classmethod
     def of(
@@ -53,15 +58,23 @@ class Plan(NamedTuple):
         portable: bool = False,
     ) -> Plan:
         """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
-        if portable and source.passed_through:
+        embeddings = [name for name, module in source.modules.items() if module.embedding]
+        if portable and embeddings:
             raise CsuloraError(
-                "the portable form cannot hold passed-through tensors: "
-                f"{listed(source.passed_through)}"
+                f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
             )
+        left_out = _base_copies(source) if portable else ()
+        kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
+        if portable and kept:
+            raise CsuloraError(
+                f"the portable form cannot hold passed-through tensors: {listed(kept)}; correct "
+                "this adapter without --portable and with --pass-through, which copies them uncorrected"
+            )
+        source = replace(source, passed_through=kept) if left_out else source
         if portable and not source.modules:
             raise CsuloraError("the portable form needs at least one module")
         members = _members(source, subspace, correction)
-        return cls(source, subspace, correction, dtype, portable, members)
+        return cls(source, subspace, correction, dtype, portable, members, left_out)
 
     @property
     def portable_rank(self) -> int | None:
@@ -73,11 +86,39 @@ class Plan(NamedTuple):
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
 
 
+def _base_copies(source: LoraAdapter) -> tuple[str, ...]:
+    """What PEFT's `save_embedding_layers` adds for a LoRA on the output head: the base weight.
+
+    PEFT never trains it, and servers have it; its shape is that of the update, which has to fit the base.
+    """
+    heads = (name for name in source.modules if ends_with(name, "lm_head"))
+    copies = (f"{PREFIX}{name}.base_layer.weight" for name in heads)
+    return tuple(name for name in copies if name in source.passed_through)
+
+
+def other_model(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+    """What is to be said of an adapter whose configuration names neither model of the subspace.
+
+    Names are all there is to go by: an adapter of another model can have the same shapes.
+    origin: `base` and `aligned`, as a report has them under `subspace`.
+    """
+    stated = config.get("base_model_name_or_path")
+    pair = [str(origin[key]) for key in ("base", "aligned") if origin.get(key)]
+    if not isinstance(stated, str) or not model_name(stated) or not pair:
+        return None
+    if model_name(stated).lower() in {model_name(name).lower() for name in pair}:
+        return None
+    return (
+        f"the adapter was trained on {stated}, by its configuration, but the subspace is that of "
+        f"{' and '.join(pair)}"
+    )
+
+
 def _members(
     adapter: LoraAdapter, subspace: SafetySubspace, correction: Correction
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
-    matches = match_modules(adapter.modules, subspace.modules.keys(), where)
+    matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
     turned = bool(adapter.config.get("fan_in_fan_out")) and any(
         _is_turned(module, subspace.modules[matches[name]])
         for name, module in adapter.modules.items()
@@ -92,6 +133,8 @@ def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
     """Whether only U and V in each other's place fit the update, as when the adapter knows that its
     weights are stored as (d_in, d_out) and the estimate did not."""
     shape = (module.B.shape[0], module.A.shape[1])
+    if module.embedding:
+        return False  # stored as (d_in, d_out) whatever linear weights are
     return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
 
 
@@ -107,8 +150,9 @@ def _member(
     shape = (module.B.shape[0], module.A.shape[1])
     U, V = found.U, found.V
     # The singular vectors of the transposed matrix are the same two bases in the other order. A square
-    # module does not tell; it is stored like the others.
-    transposed = turned and not found.fan_in_fan_out and (V.shape[0], U.shape[0]) == shape
+    # module does not tell; it is stored like the others. An embedding is known by its kind.
+    fits = module.embedding or (turned and (V.shape[0], U.shape[0]) == shape)
+    transposed = fits and not found.fan_in_fan_out
     if transposed:
         U, V = V, U
     if (U.shape[0], V.shape[0]) != shape:

@@ -302,3 +302,38 @@ def test_a_stop_does_not_wait_for_a_hub(tmp_path, subspace, monkeypatch):
     finally:
         answer.set()
     assert builders.outputs(tmp_path / "out") == ["a"]
+
+
+# --- folders that become links --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "waiting"])
+def test_a_folder_that_becomes_a_link_during_a_run(capsys, batch, tmp_path, monkeypatch, when):
+    """Folders that adapters share are looked at again before each output."""
+    source, common, out = batch
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write, locked = steps.write, steps.locked
+
+    def swap():
+        if not (out / "t").is_symlink():
+            if (out / "t").exists():
+                (out / "t").rename(tmp_path / "moved")
+            (out / "t").symlink_to(elsewhere)
+
+    def writing(run, ready):
+        if when == "before" and ready.loaded.job.item.target == "t/b":
+            swap()
+        return write(run, ready)
+
+    def locking(target):
+        if when == "waiting" and target.name == "b":
+            swap()
+        return locked(target)
+
+    monkeypatch.setattr(steps, "write", writing)
+    monkeypatch.setattr(steps, "locked", locking)
+    result = run_correct(capsys, source, *common)
+    assert result.code == 1 and result.complaints, result.err
+    assert all("link" in line or "t/a" in line for line in result.complaints)
+    assert not list(elsewhere.iterdir()) and (out / "c").is_dir()

@@ -30,6 +30,7 @@ from spoilers import (
     A_NAME,
     B_NAME,
     DOWN,
+    EMBED,
     F32_PAIR,
     ONE,
     Payload,
@@ -39,6 +40,7 @@ from spoilers import (
     config,
     config_text,
     config_value,
+    embedding,
     fifo,
     linked,
     names_clash,
@@ -162,6 +164,28 @@ BAD_ADAPTERS = {
         [WEIGHTS, Q, "empty"],
     ),
     "no-lora-tensors": (tensors(lambda t: (t.clear(), t.update(x=ONE))), [WEIGHTS, "x"]),
+    "embedding-unknown": (embedding(), ["subspace", "model.embed_tokens", "--like"]),
+    "embedding-without-A": (
+        embedding(lora_embedding_A=None),
+        [WEIGHTS, f"{EMBED}.lora_embedding_B has no lora_embedding_A"],
+    ),
+    "embedding-without-B": (
+        embedding(lora_embedding_B=None),
+        [WEIGHTS, f"{EMBED}.lora_embedding_A has no lora_embedding_B"],
+    ),
+    "embedding-of-another-rank": (
+        embedding(lora_embedding_B=torch.ones(16, 5)),
+        [WEIGHTS, EMBED, "lora_embedding_B (16, 5)", "rank 4"],
+    ),
+    "embedding-of-integers": (
+        embedding(lora_embedding_A=torch.ones(4, 32, dtype=torch.int32)),
+        [WEIGHTS, f"{EMBED}.lora_embedding_A is torch.int32"],
+    ),
+    "embedding-nan": (
+        embedding(lora_embedding_A=torch.full((4, 32), math.nan)),
+        [WEIGHTS, f"{EMBED}.lora_embedding_A holds NaN"],
+    ),
+    "embedding-empty": (embedding(lora_embedding_A=torch.ones(4, 0)), [WEIGHTS, EMBED, "empty"]),
     "unknown-module": (
         lambda f: write_adapter(f, shapes={"model.layers.9.self_attn.q_proj": (24, 16)}),
         ["subspace", "model.layers.9.self_attn.q_proj"],
@@ -175,16 +199,21 @@ BAD_ADAPTERS = {
     "dora": (put(f"{PREFIX}{Q}.lora_magnitude_vector", torch.ones(24)), [WEIGHTS, "magnitude"]),
     "dora-by-config": (config(use_dora=True), [WEIGHTS, A_NAME]),
     "modules-to-save": (put(f"{PREFIX}lm_head.weight", torch.ones(32, 16)), [WEIGHTS, "lm_head"]),
-    "embedding": (
-        tensors(
-            lambda t: t.update(
-                {
-                    f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(4, 32),
-                    f"{PREFIX}model.embed_tokens.lora_embedding_B": torch.ones(16, 4),
-                }
-            )
-        ),
-        [WEIGHTS, "lora_embedding_A", "lora_embedding_B"],
+    "dora-on-embedding": (
+        embedding(lora_magnitude_vector=torch.ones(16)),
+        [WEIGHTS, f"{EMBED}.lora_magnitude_vector", "use_dora"],
+    ),
+    "embedding-of-three-dimensions": (
+        embedding(lora_embedding_A=torch.ones(4, 32, 1)),
+        [WEIGHTS, f"{EMBED}.lora_embedding_A has 3 dimension"],
+    ),
+    "embedding-and-linear": (
+        embedding(**{"lora_A.weight": torch.ones(4, 32), "lora_B.weight": torch.ones(16, 4)}),
+        [WEIGHTS, "model.embed_tokens has factors of a linear weight and an embedding"],
+    ),
+    "whole-embedding": (
+        put(f"{EMBED}.base_layer.weight", torch.ones(32, 16)),
+        [WEIGHTS, f"{EMBED}.base_layer.weight"],
     ),
     "lora-bias": (put(f"{PREFIX}{Q}.lora_B.bias", torch.ones(24)), [WEIGHTS, "lora_B.bias"]),
     "plain-bias": (put(f"{PREFIX}{Q}.base_layer.bias", torch.ones(24)), [WEIGHTS, "bias"]),
@@ -282,10 +311,8 @@ def test_ambiguous_suffix(tmp_path, adapter, out, capsys):
 
 # What PEFT trains besides B A: copied byte for byte if asked to, listed, and the rest corrected.
 PASSED_THROUGH = {
-    "dora": 3,  # the magnitude and both factors it belongs to
-    "dora-by-config": 4,
     "modules-to-save": 1,
-    "embedding": 2,
+    "whole-embedding": 1,
     "lora-bias": 1,
     "plain-bias": 1,
     "convolution": 2,

@@ -12,6 +12,7 @@ from builders import (
     WEIGHTS,
     checkpoint_pair,
     checkpoint_tensors,
+    edit_tensors,
     raw_entry,
     raw_safetensors,
     run,
@@ -99,7 +100,8 @@ def test_bad_subspace(case, command, adapter, subspace, out, capsys):
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
-SHARD, INDEX = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+SHARD, LAST_SHARD = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+INDEX = "model.safetensors.index.json"
 
 
 def index(change):
@@ -117,6 +119,11 @@ def index(change):
 
 def entry(name):
     return index(lambda value: value["weight_map"].__setitem__(f"{Q}.weight", name))
+
+
+def weight_in_index_only(root):
+    checkpoint_pair(root, sharded=True)
+    edit_tensors(root / "aligned" / LAST_SHARD, lambda tensors: tensors.pop(f"{Q}.weight"))
 
 
 def outside_link(root):
@@ -178,8 +185,8 @@ BAD_CHECKPOINTS = {
     "index-link-outside": (outside_link, [INDEX, SHARD, "links outside"]),
     "index-missing-file": (entry("gone.safetensors"), ["gone.safetensors", "no such file"]),
     "index-missing-tensor": (
-        index(lambda value: value["weight_map"].__setitem__("not.there.weight", SHARD)),
-        [SHARD, "not.there.weight"],
+        weight_in_index_only,
+        [LAST_SHARD, f"{Q}.weight", "no shard holds"],
     ),
     "index-a-pickle": (pickle_in_index, ["pytorch_model.bin", "never read"]),
     "index-entry-a-number": (entry(7), [INDEX, Q]),

@@ -43,6 +43,7 @@ def test_options_stand_in_groups():
     assert titles[2:] == [
         "strengths",
         "form of the result",
+        "what is refused",
         "many adapters",
         "where it runs",
         "what is shown",

@@ -28,7 +28,7 @@ def test_same_tensors_as_the_library_and_the_digest_of_the_file(tmp_path, dtypes
     tensors["empty"] = torch.empty(0, 4)
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, {"format": "pt"})
-    found, digest = read_safetensors(path)
+    found, _, digest = read_safetensors(path)
     assert digest == builders.digest(path)
     assert list(found) == sorted(tensors)
     for name, tensor in load_file(path).items():
@@ -38,14 +38,14 @@ def test_same_tensors_as_the_library_and_the_digest_of_the_file(tmp_path, dtypes
 def test_tensors_share_one_buffer(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
-    found, _ = read_safetensors(path)
+    found = read_safetensors(path).tensors
     assert found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
 
 
 def test_a_tensor_off_its_alignment_is_read_all_the_same(tmp_path):
     entries = {"a": raw_entry("U8", [1], 0, 1), "b": raw_entry("F32", [1], 1, 5)}
     path = written(tmp_path, raw_safetensors(entries, b"\1" + torch.tensor(2.5).numpy().tobytes()))
-    assert read_safetensors(path)[0]["b"].item() == 2.5
+    assert read_safetensors(path).tensors["b"].item() == 2.5
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_nan_and_inf_anywhere_name_the_tensor(tmp_path, dtype, value, alone):
 def test_large_finite_values_are_fine(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.full((100,), 3e38), "b": torch.full((9,), -3e38)}, path)
-    assert len(read_safetensors(path)[0]) == 2
+    assert len(read_safetensors(path).tensors) == 2
 
 
 @pytest.mark.parametrize("change", [-8, 8])

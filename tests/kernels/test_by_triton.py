@@ -82,6 +82,10 @@ def adapters():
     nan.modules["model.a"].A[0, 0] = float("nan")
     zero = lora("ab")
     zero.modules["model.b"].B.zero_()
+    embedding = lora("abc", flip=True)
+    for name in ("model.b", "model.c"):
+        embedding.modules[name] = replace(embedding.modules[name], embedding=True)
+    embedding.modules["model.a"] = lora("a").modules["model.a"]
     return {
         "plain": lora("abc"),
         "bfloat16": lora("ca", 5, B16, B16),
@@ -93,6 +97,7 @@ def adapters():
         "nan": nan,
         "zero": zero,
         "turned": lora("ab", flip=True, fan_in_fan_out=True),
+        "embedding": embedding,
         "wide": lora("a", 130),
         "elsewhere": replace(lora("a"), modules={"x": lora("a").modules["model.a"]}),
     }
@@ -136,6 +141,7 @@ def check_adapter(name, new, wanted, correction):
         assert (got.A.dtype, got.B.dtype) == (module.A.dtype, module.B.dtype), name
         assert (got.A.shape, got.B.shape) == (module.A.shape, module.B.shape), name
         assert (got.alpha, got.scaling) == (module.alpha, module.scaling), name
+        assert got.embedding == module.embedding, name
         X, Y = (m.B.double() @ m.A.double() for m in (got, module))
         limit = 2e-5 if module.A.dtype == module.B.dtype == F32 else 2e-2
         if correction.form == "same":

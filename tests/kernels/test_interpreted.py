@@ -18,6 +18,12 @@ def test_every_stage_is_as_exact_as_promised(name):
     cases.check(cases.CASES[name])
 
 
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_every_granularity_has_a_case(form):
+    found = {case.granularity for case in cases.CASES.values() if case.form == form}
+    assert found == set(kernels.GRANULARITIES)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", cases.SLOW)
 def test_large_ranks_are_as_exact(name):

@@ -65,6 +65,25 @@ def test_bases_change_places_where_the_weights_are_stored_the_other_way(subspace
         Plan.of(lora(turned=True), subspace, Correction())
 
 
+@pytest.mark.parametrize("config", [{}, {"fan_in_fan_out": True}])
+@pytest.mark.parametrize("stored_turned", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_embedding_is_known_by_its_kind_not_by_its_shape(subspace, name, config, stored_turned):
+    """Its weight lies as (d_in, d_out), square or not, and says nothing about other modules."""
+    adapter, key = lora(**config), f"layers.0.{name}"
+    modules, bases = adapter.modules, subspace.modules
+    old = modules[f"model.{key}"]
+    if not stored_turned:
+        old = replace(old, A=old.B.mT, B=old.A.mT)
+    modules[f"model.{key}"] = replace(old, embedding=True)
+    bases[key] = replace(bases[key], fan_in_fan_out=stored_turned)
+    for member in Plan.of(adapter, subspace, Correction()).members:
+        assert member.transposed == (member.target == key and not stored_turned)
+        found = bases[member.target]
+        bases_in_order = (found.V, found.U) if member.transposed else (found.U, found.V)
+        assert member.U is bases_in_order[0] and member.V is bases_in_order[1]
+
+
 @pytest.mark.parametrize(
     ("correction", "ranks", "portable"),
     [
@@ -97,3 +116,8 @@ def test_what_the_portable_form_cannot_hold(subspace):
         Plan.of(extra, subspace, Correction(), portable=True)
     with pytest.raises(CsuloraError, match="needs at least one module"):
         Plan.of(replace(lora(), modules={}), subspace, Correction(), portable=True)
+    embedding = replace(lora().modules["model.layers.0.q_proj"], embedding=True)
+    for passed in ({}, {"x": torch.ones(1)}):
+        adapter = LoraAdapter({"wte": embedding}, lora().config, passed)
+        with pytest.raises(CsuloraError, match="cannot hold LoRA on embeddings: wte"):
+            Plan.of(adapter, subspace, Correction(), portable=True)

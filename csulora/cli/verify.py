@@ -1,0 +1,102 @@
+"""`csulora verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from csulora.cli.output import progress, stdout
+from csulora.errors import CsuloraError, UsageError
+from csulora.files.peft_config import FILE as CONFIG
+from csulora.output import REPORT, WEIGHTS
+from csulora.subspace import SafetySubspace
+from csulora.text import one_line
+from csulora.verification import Verification, verify
+
+FORMAT = "csulora_verify/1"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folders = [found for argument in arguments.folders for found in _outputs(argument)]
+    subspace = None if arguments.subspace is None else SafetySubspace.load(arguments.subspace)
+    found = []
+    with progress("verifying") as report:
+        for folder, relative in folders:
+            found.append(_verified(folder, relative, subspace, arguments))
+            for problem in found[-1].problems:
+                text = problem if str(folder) in problem else f"{folder}: {problem}"
+                report.say(f"csulora: failed: {one_line(text)}")
+            report(len(found), len(folders), folder.name)
+    good = sum(one.ok for one in found)
+    if arguments.json:
+        result = {"format": FORMAT, "folders": [one.to_dict() for one in found]}
+        print(json.dumps(result))
+    else:
+        console = stdout()
+        for one in found:
+            if one.ok:
+                console.print(
+                    one_line(f"{one.folder}: as written ({', '.join(one.checked)})"), soft_wrap=True
+                )
+        console.print(f"{good} as written, {len(found) - good} not")
+    return 0 if good == len(found) else 1
+
+
+def _verified(
+    folder: Path, relative: str, subspace: SafetySubspace | None, arguments: argparse.Namespace
+) -> Verification:
+    try:
+        return verify(
+            folder,
+            source=None if arguments.source is None else _source(arguments.source, relative),
+            subspace=subspace,
+            backend=arguments.backend,
+            device=arguments.device,
+        )
+    except UsageError:
+        raise
+    except CsuloraError as error:  # of the source, whose output is not known to be right then
+        return Verification(folder, (), (str(error),))
+
+
+def _source(given: str, relative: str) -> str:
+    """The adapter that an output was made of: `given` itself, or in it under the output's path."""
+    below = os.path.join(given, relative)
+    itself = os.path.lexists(os.path.join(given, CONFIG)) or not os.path.isdir(given)
+    return given if itself else below
+
+
+def _outputs(argument: str) -> Iterator[tuple[Path, str]]:
+    """Folders that are, or were, outputs: any of their three files marks one; with their path below.
+
+    Raises UsageError where there are none.
+    """
+    if not os.path.isdir(argument):
+        raise UsageError(f"{argument}: no such folder")
+    if _is_output(os.listdir(argument)):
+        yield Path(argument), os.path.basename(os.path.abspath(argument))
+        return
+    some = False
+    for folder, folders, _ in os.walk(argument, onerror=_unlistable):
+        folders.sort()
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if name.startswith(".") or os.path.islink(path):
+                folders.remove(name)
+            elif _is_output(os.listdir(path)):
+                folders.remove(name)  # what lies in an output belongs to it
+                some = True
+                yield Path(path), os.path.relpath(path, argument)
+    if not some:
+        raise UsageError(f"{argument}: holds no outputs")
+
+
+def _is_output(names: list[str]) -> bool:
+    return bool({WEIGHTS, CONFIG, REPORT} & set(names))
+
+
+def _unlistable(error: OSError) -> None:
+    raise UsageError(f"{error.filename}: cannot be listed ({error.strerror})")

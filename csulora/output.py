@@ -1,0 +1,107 @@
+"""Outputs of csulora on disk: the mark in their weights, their report, and whether they are as written.
+
+The mark is metadata of the weights file that says how it was made. A file without one was written by
+another program; one whose mark names settings was corrected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from csulora.errors import ChangedError, CsuloraError, ExistsError
+from csulora.files import peft_config
+from csulora.files.folders import check_folder
+from csulora.files.json import finite, load_json, read_json
+from csulora.files.plain import sha256_file
+from csulora.files.safetensors import open_safetensors
+from csulora.report import Report
+from csulora.version import MADE_BY
+
+WEIGHTS = "adapter_model.safetensors"
+REPORT = "csulora_report.json"
+KEY = "csulora"  # of the mark
+
+
+class Written(NamedTuple):
+    """Digests of what was written, and which files of the source it did not copy."""
+
+    sha256: str  # of adapter_model.safetensors
+    config_sha256: str  # of adapter_config.json
+    left_out: list[str]
+
+    def in_report(self) -> dict[str, Any]:
+        """What a report says of it."""
+        output = {"sha256": self.sha256, "config_sha256": self.config_sha256}
+        return {"output": output, "left_out": self.left_out}
+
+
+def metadata_of(made: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a weights file; made: as in LoraAdapter."""
+    text = json.dumps({"made_by": MADE_BY, **made}, sort_keys=True, separators=(",", ":"))
+    return {"format": "pt", KEY: text}
+
+
+def mark_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the mark in the metadata of weights says, empty where there is none that can be read."""
+    try:
+        mark = load_json(metadata.get(KEY, "{}").encode(), parse_constant=finite)
+    except (ValueError, RecursionError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def mark_of(weights: Path) -> dict[str, Any]:
+    """The mark in a weights file, empty also where it cannot be read."""
+    try:
+        with open_safetensors(weights) as file:
+            return mark_in(file.header.metadata)
+    except CsuloraError:
+        return {}
+
+
+def made_of(mark: Mapping[str, Any]) -> dict[str, Any]:
+    """How the weights with this mark were corrected; empty where they were not."""
+    return {k: v for k, v in mark.items() if k != "made_by"} if "settings" in mark else {}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ExistsError for what is there and no output replaces: files, links, folders of others.
+
+    A wrong path must not cost anybody a folder that csulora did not write.
+    """
+    check_folder(folder)
+    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    if names and REPORT not in names and not mark_of(folder / WEIGHTS):
+        raise ExistsError(f"{folder}: a folder that csulora did not write; remove it yourself")
+
+
+def written_report(folder: Path) -> Report:
+    """The report in an output folder.
+
+    Raises ExistsError where none or no weights are there, ChangedError where it cannot be read.
+    """
+    file = folder / REPORT
+    if not file.exists() or not (folder / WEIGHTS).exists():
+        raise ExistsError(f"{folder}: not an output of csulora")
+    try:
+        return Report.from_dict(read_json(file))
+    except CsuloraError as error:
+        text = str(error)
+        raise ChangedError(text if str(file) in text else f"{file}: {text}") from None
+
+
+def differences(folder: Path, report: Report) -> list[str]:
+    """How the weights and the configuration in an output folder differ from what its report says."""
+    if not report.output:
+        return ["its report is of an earlier version, which recorded no digests"]
+    found = []
+    for file, key in ((WEIGHTS, "sha256"), (peft_config.FILE, "config_sha256")):
+        if not (folder / file).exists():
+            found.append(f"{file} is missing")
+        elif sha256_file(folder / file) != report.output.get(key):
+            found.append(f"{file} is not what was written")
+    return found

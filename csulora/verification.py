@@ -1,0 +1,149 @@
+"""Whether an output is still what was written, and what its source and subspace give."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csulora.adapter import LoraAdapter, LoraModule, identify
+from csulora.correction import correct
+from csulora.errors import ChangedError, ExistsError
+from csulora.output import (
+    WEIGHTS,
+    differences,
+    made_of,
+    mark_of,
+    written_report,
+)
+from csulora.report import Report
+from csulora.subspace import SafetySubspace
+
+# Of the update, relative: another device, or another number of threads, rounds otherwise.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of one folder.
+
+    checked: what was compared: "files" (weights and configuration with the report), "source",
+        "subspace", "result" (computed anew).
+    problems: what did not agree, a line each; none where all is well.
+    """
+
+    folder: Path
+    checked: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was compared agrees."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        lists = {"checked": list(self.checked), "problems": list(self.problems)}
+        return {"folder": str(self.folder), "ok": self.ok, **lists}
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    subspace: SafetySubspace | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+) -> Verification:
+    """Compare an output with its own report and, where they are given, its source and subspace.
+
+    With both the correction is computed anew; the update may then differ by rounding, as between two
+    devices. An output that has changed, or is none, is a finding; raises CsuloraError only where `source`
+    cannot be read, and UsageError for an unknown backend or device.
+    """
+    target = Path(folder)
+    try:
+        report = written_report(target)
+    except (ExistsError, ChangedError) as error:
+        return Verification(target, (), (str(error),))
+    checked, problems = ["files"], differences(target, report)
+    problems = problems or _contradictions(target, report)
+    if source is not None:
+        checked.append("source")
+        found = identify(source)
+        if (found.sha256, found.config_sha256) != _digests(report.source):
+            problems.append(f"was made of another adapter than {os.fspath(source)} is now")
+    if subspace is not None:
+        checked.append("subspace")
+        if subspace.sha256 != report.subspace.get("sha256"):
+            problems.append(f"was made with another subspace than {subspace.path or 'the given'}")
+    if source is not None and subspace is not None and not problems:
+        checked.append("result")
+        problems += _recomputed(target, report, source, subspace, backend, device)
+    return Verification(target, tuple(checked), tuple(problems))
+
+
+def _digests(values: dict[str, Any]) -> tuple[Any, Any]:
+    return values.get("sha256"), values.get("config_sha256")
+
+
+def _contradictions(folder: Path, report: Report) -> list[str]:
+    """Where the weights' own mark, or what they hold, is not what the report says."""
+    made = made_of(mark_of(folder / WEIGHTS))
+    if not made:
+        return [f"{WEIGHTS} does not say that csulora corrected it"]
+    stated = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
+    return [
+        f"{WEIGHTS} and the report name different {key}"
+        for key, value in stated.items()
+        if made.get(key) != value
+    ]
+
+
+def _recomputed(
+    folder: Path,
+    report: Report,
+    source: str | os.PathLike[str],
+    subspace: SafetySubspace,
+    backend: str,
+    device: str,
+) -> list[str]:
+    """Where the output is not what the correction gives now."""
+    settings, rank = report.settings, report.subspace.get("rank")
+    keep, portable = settings.get("dtype") == "keep", bool(settings.get("portable"))
+    # The portable form leaves out what the source may hold beside updates, or refuses it.
+    adapter = LoraAdapter.load(source, pass_through=bool(report.passed_through) or portable)
+    wanted, _ = correct(
+        adapter,
+        subspace if rank == subspace.rank or not rank else subspace.leading(rank),
+        report.correction,
+        dtype=None if keep else getattr(torch, str(settings.get("dtype"))),
+        portable=portable,
+        again=True,
+        backend=backend,
+        device=device,
+    )
+    written = LoraAdapter.load(folder, pass_through=bool(report.passed_through))
+    if written.modules.keys() != wanted.modules.keys():
+        return ["its modules are not those of the correction"]
+    if written.written_config() != wanted.config:
+        return ["its configuration is not that of the correction"]
+    return [
+        f"{name} is {error:.1e} off the correction (relative Frobenius norm)"
+        for name, module in written.modules.items()
+        if (error := _distance(module, wanted.modules[name])) > TOLERANCES[module.B.dtype]
+    ]
+
+
+def _distance(found: LoraModule, wanted: LoraModule) -> float:
+    """||dW_found - dW_wanted||_F / ||dW_wanted||_F, from r x r products."""
+    B = torch.cat([found.scaling * found.B.double(), -wanted.scaling * wanted.B.double()], dim=1)
+    A = torch.cat([found.A.double(), wanted.A.double()])
+    # The difference is B A of rank 2r; a QR of each side keeps what the Gram matrices would cancel.
+    R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.mT, mode="r").R
+    r = found.rank
+    size = torch.linalg.norm(R_B[:, r:] @ R_A[:, r:].mT)
+    return float(torch.linalg.norm(R_B @ R_A.mT) / size.clamp_min(1e-300))

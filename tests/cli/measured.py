@@ -1,0 +1,32 @@
+"""Commands as JSON lists on standard input, one a line, run one after the other in this process.
+
+Prints of each, as JSON: exit code, standard error, processor time in seconds, growth of memory in MB.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from csulora.cli import main
+
+torch.set_num_threads(1)
+
+
+def memory(name):
+    line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+for text in sys.stdin:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before, start = memory("VmRSS"), time.process_time()
+    errors, out = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(out):
+        code = main(json.loads(text))
+    grown = memory("VmHWM") - before
+    print(json.dumps([code, errors.getvalue(), time.process_time() - start, grown]), flush=True)
