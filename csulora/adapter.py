@@ -254,8 +254,9 @@ class LoraAdapter:
     ) -> list[str]:
         """Write the adapter folder whole or not at all.
 
-        Every other file of the source folder is copied, except other adapter weights (a pickled copy,
-        a nested adapter), which would be uncorrected, and links to folders; their names are returned.
+        Every other file of the source folder is copied, except other adapter weights (a pickled copy),
+        which would be uncorrected, folders of other adapters (a trainer's `checkpoint-N`), what a
+        trainer keeps to go on from (any pickle), and links to folders; their names are returned.
         `report` (or what its `to_dict` returned) becomes `csulora_report.json`, with the digests of what
         was written. Raises ExistsError if the folder exists and `overwrite` is not set or it is no output
         of csulora, and CsuloraError if it lies within the source folder or around it.

@@ -89,9 +89,11 @@ class Journal:
         """Give up the lock. A journal without lines disappears, and a folder made only for it."""
         if not self._end:
             with contextlib.suppress(OSError):
-                self._path.unlink()
-                if self._new_folder:
-                    self._out_dir.rmdir()
+                # Somebody may have taken it away under the run, and another run begun there.
+                if os.path.samestat(os.fstat(self._file), os.lstat(self._path)):
+                    self._path.unlink()
+                    if self._new_folder:
+                        self._out_dir.rmdir()
         os.close(self._file)
 
     def _read(self) -> int:

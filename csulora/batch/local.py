@@ -7,7 +7,8 @@ lock. However many adapters there are, only `batch_bytes` of them are in memory 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from queue import Empty, Queue, SimpleQueue
 from typing import Any
 
@@ -33,6 +34,8 @@ class LocalEngine:
         self._jobs = iter(jobs)
         self._next = threading.Lock()
         self._stopped = threading.Event()
+        self._idle = threading.Condition()
+        self._at_work = 0  # threads within a step that is waited for
         self._budget = _Budget(run.call.batch_bytes)
         self._loaded: Queue[tuple[int, Loaded] | None] = Queue(QUEUE)
         self._ready: Queue[tuple[int, Ready] | None] = Queue(QUEUE)
@@ -63,10 +66,13 @@ class LocalEngine:
         return group
 
     def stop(self) -> list[Done]:
-        """Begin nothing more, wait for what is being written, and give what was finished."""
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
+        """Begin nothing more, wait for what is being written, and give what was finished.
+
+        Who waits for a hub is not waited for, and keeps others waiting that have nothing to do.
+        """
+        with self._idle:
+            self._stopped.set()
+            self._idle.wait_for(lambda: not self._at_work)
         group = []
         while not self._done.empty():
             done = self._done.get()
@@ -113,7 +119,10 @@ class LocalEngine:
             return True
         held = HELD * steps.weights_size(job)
         self._budget.take(held)
-        loaded = steps.read(self._run, job)
+        with self._step() if job.item.local else nullcontext(True) as begins:
+            if not begins:
+                return False
+            loaded = steps.read(self._run, job)
         if isinstance(loaded, Done):
             self._end(held, loaded)
             return True
@@ -127,11 +136,13 @@ class LocalEngine:
         group = self._group()
         if not group:
             return False
-        if self._stopped.is_set():
-            for held, _ in group:
-                self._budget.give(held)
-            return True
-        results = steps.correct_group(self._run, self._subspace, [loaded for _, loaded in group])
+        with self._step() as begins:
+            if not begins:
+                for held, _ in group:
+                    self._budget.give(held)
+                return True
+            loaded = [loaded for _, loaded in group]
+            results = steps.correct_group(self._run, self._subspace, loaded)
         for (held, _), result in zip(group, results, strict=True):
             if isinstance(result, Done):
                 self._end(held, result)
@@ -160,11 +171,35 @@ class LocalEngine:
         if entry is None:
             return False
         held, ready = entry
-        if self._stopped.is_set():
-            self._budget.give(held)
-        else:
-            self._end(held, steps.write(self._run, ready))
+        with self._step() as begins:
+            if begins:
+                self._end(held, self._written(ready))
+            else:
+                self._budget.give(held)
         return True
+
+    def _written(self, ready: Ready) -> Done:
+        """The end of an adapter; nothing is written to where the output folder was."""
+        lost = self._run.lost()
+        if lost is None:
+            done = steps.write(self._run, ready)
+            lost = self._run.lost() if done.outcome.status == "failed" else None
+            if lost is None:
+                return done
+        return steps.not_started(self._run, ready.loaded.job, lost)
+
+    @contextmanager
+    def _step(self) -> Iterator[bool]:
+        """A step that `stop` waits for; false if there is nothing to begin any more."""
+        with self._idle:
+            begins = not self._stopped.is_set()
+            self._at_work += begins
+        try:
+            yield begins
+        finally:
+            with self._idle:
+                self._at_work -= begins
+                self._idle.notify_all()
 
     def _end(self, held: int, done: Done) -> None:
         self._budget.give(held)

@@ -52,7 +52,11 @@ def check_page(path: Path) -> None:
 def write_page(summary: Summary, path: Path) -> None:
     """Write the page, whole or not at all. Raises CsuloraError if it cannot be written."""
     picture = _picture(summary)
-    data = picture if path.suffix == ".png" else _html(summary, picture).encode()
+    data = (
+        picture
+        if path.suffix == ".png"
+        else _html(summary, picture).encode(errors="backslashreplace")
+    )
     try:
         with whole_file(path) as temporary:
             write_bytes(temporary, data)

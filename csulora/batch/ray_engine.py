@@ -8,13 +8,18 @@ hand: those adapters are tried again one by one, each a few times.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import signal
+import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from csulora.batch.local import LocalEngine
 from csulora.batch.sources import Item
 from csulora.batch.steps import Gate, Job
 from csulora.errors import CsuloraError, UsageError
+from csulora.files.folders import not_made_anew
 from csulora.pipeline.backend import pick_device
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
@@ -33,6 +39,11 @@ SHARE = 4
 LARGEST_SHARD = 32
 IN_HAND = 2  # shards a worker has, so that it never waits for the driver
 TRIES = 3
+# Seconds: without a result, until a worker is asked whether it lives; for its answer; until a first
+# worker has started. A worker that works at a large adapter answers beside its work.
+SILENCE, PATIENCE, START = 60.0, 60.0, 900.0
+LOOK = 5.0  # seconds between two looks after the workers, at most
+SIGNS = "signs"  # the group of calls that a worker answers beside its work
 
 Shard = list[Job]
 
@@ -67,6 +78,7 @@ class RayEngine:
         self._items, self._position = items, 0
         self._again: deque[Shard] = deque()
         self._tries: dict[int, int] = {}
+        self._fallen: dict[int, Job] = {}  # what dead workers had in hand
         self._ended: list[Done] = []
         self._bad_starts = 0
         self._own_cluster = not ray.is_initialized()
@@ -78,6 +90,12 @@ class RayEngine:
         self._greetings: dict[Any, Any] = {}  # reference: worker that has not started yet
         self._in_hand: dict[Any, tuple[Any, Shard]] = {}  # reference: worker and its shard
         self._ready: list[Any] = []  # workers that have started
+        self._processes: dict[Any, tuple[str, int]] = {}  # worker: its node and process
+        self._asked: dict[
+            Any, tuple[Any, float]
+        ] = {}  # reference: worker asked whether it lives, when
+        self._heard: dict[Any, float] = {}  # worker: when it last gave a sign of life
+        self._begun = time.monotonic()
         for _ in range(self._workers):
             self._hire()
 
@@ -86,43 +104,83 @@ class RayEngine:
         while not self._ended:
             if not self._in_hand and not self._left():
                 self._close()
+                self._clear_away(self._fallen.values())
                 return None
-            waiting = [*self._greetings, *self._in_hand]
-            ready, _ = self._ray.wait(waiting, num_returns=1)
+            waiting = [*self._greetings, *self._in_hand, *self._asked]
+            ready, _ = self._ray.wait(waiting, num_returns=1, timeout=LOOK)
             for reference in ready:
                 self._receive(reference)
+            self._look_after()
         ended, self._ended = self._ended, []
         return ended
 
     def stop(self) -> list[Done]:
         """End the workers at once and clear away what they had begun."""
         jobs = [job for _, shard in self._in_hand.values() for job in shard]
+        for worker in {worker for worker, _ in self._in_hand.values()}:
+            self._kill(worker)
         self._close()
-        steps.recover([job.item for job in jobs], self._run.call.out_dir)
+        self._clear_away([*self._fallen.values(), *jobs])
         ended, self._ended = self._ended, []
         return ended
 
     def _hire(self) -> None:
         """A new worker; it gets work when it has answered."""
         resources = {"num_cpus": 1, "num_gpus": int(self._unit == "GPU")}
-        worker = self._ray.remote(_Worker).options(**resources).remote(self._run, *self._shared)
+        options = {**resources, "concurrency_groups": {SIGNS: 1}}
+        worker = self._ray.remote(**options)(_Worker).remote(self._run, *self._shared)
         self._greetings[worker.greet.remote()] = worker
 
     def _receive(self, reference: Any) -> None:
-        worker = self._greetings.pop(reference, None)
+        asked = reference in self._asked
         shard: Shard = []
-        if worker is None:
+        if asked:
+            worker, _ = self._asked.pop(reference)
+        elif reference in self._greetings:
+            worker = self._greetings.pop(reference)
+        else:
             worker, shard = self._in_hand.pop(reference)
         try:
-            self._ended += self._ray.get(reference) or []
+            answer = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
-            self._lost(worker, shard, error)
+            if not asked:
+                self._lost(worker, shard, error)
             return
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        if worker not in self._ready:
+        self._heard[worker] = time.monotonic()
+        if shard:
+            self._ended += answer
+        elif not asked:
+            self._processes[worker] = answer
             self._ready.append(worker)
         self._hand_out()
+
+    def _look_after(self) -> None:
+        """Ask workers that were silent for long, and give up those that do not answer either.
+
+        A stopped process, or one that waits in the kernel, is not dead to Ray.
+        """
+        now = time.monotonic()
+        if not self._heard and now - self._begun > START:
+            raise CsuloraError(f"no Ray worker started in {START:g} s: the cluster may be busy")
+        asked = {worker for worker, _ in self._asked.values()}
+        for worker in {worker for worker, _ in self._in_hand.values()} - asked:
+            if now - self._heard[worker] > SILENCE:
+                reference = worker.greet.options(concurrency_group=SIGNS).remote()
+                self._asked[reference] = worker, now
+        for reference, (worker, since) in list(self._asked.items()):
+            if now - since > PATIENCE:
+                del self._asked[reference]
+                self._kill(worker)  # what it had in hand comes back as of a lost worker
+                self._heard[worker] = now
+
+    def _kill(self, worker: Any) -> None:
+        """End a worker, also one that no longer hears what Ray tells it."""
+        self._ray.kill(worker)
+        node, process = self._processes.get(worker, ("", 0))
+        if node == self._ray.get_runtime_context().get_node_id():
+            _end_process(process)
 
     def _hand_out(self) -> None:
         """Give workers that could do with more of what is left."""
@@ -152,8 +210,9 @@ class RayEngine:
             self._bad_starts += 1
             if self._bad_starts > TRIES * self._workers:
                 raise CsuloraError(f"Ray workers die at their start ({_first_line(error)})")
-        steps.recover([job.item for job in shard], self._run.call.out_dir)
+        self._clear_away(shard)
         for job in shard:
+            self._fallen[job.number] = job
             self._tries[job.number] = self._tries.get(job.number, 0) + 1
             if self._tries[job.number] < TRIES:
                 self._again.append([job._replace(again=True)])
@@ -165,6 +224,10 @@ class RayEngine:
         if not self._in_hands_of(worker):
             self._hire()
         self._hand_out()
+
+    def _clear_away(self, jobs: Iterable[Job]) -> None:
+        """What a dead worker had begun; its locks may outlast it by a moment."""
+        steps.recover([job.item for job in jobs], self._run.call.out_dir)
 
     def _left(self) -> bool:
         return bool(self._again) or self._position < len(self._items)
@@ -198,19 +261,35 @@ class _Worker:
     def __init__(self, run: Run, arrays: dict[str, Any], folder: str) -> None:
         os.chdir(folder)  # so that relative paths mean what they mean to the driver
         torch.set_num_threads(1)  # one worker a core
-        self._run = run._replace(call=replace(run.call, jobs=1))
+        # A device has other numbers on another node.
+        self._run = run._replace(call=replace(run.call, jobs=1)).begun()
         self._subspace = _from_arrays(arrays)
 
-    def greet(self) -> None:
-        """Answers once the worker is ready."""
+    def greet(self) -> tuple[str, int]:
+        """Answers, once the worker is ready, with its node and its process."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def correct(self, shard: Shard) -> list[Done]:
         """The outcomes of a shard, in any order."""
-        engine = LocalEngine(self._run, self._subspace, shard, lambda job: None)
         done: list[Done] = []
-        while (group := engine.take()) is not None:
-            done += group
+        with not_made_anew(self._run.call.out_dir):
+            engine = LocalEngine(self._run, self._subspace, shard, lambda job: None)
+            while (group := engine.take()) is not None:
+                done += group
         return done
+
+
+def _end_process(process: int) -> None:
+    """Kill a process of Ray, and wait until it holds no lock any more."""
+    place = Path(f"/proc/{process}")
+    with contextlib.suppress(OSError):
+        if b"ray::" in (place / "cmdline").read_bytes():
+            os.kill(process, signal.SIGKILL)
+        until = time.monotonic() + LOOK
+        while (place / "cmdline").read_bytes() and time.monotonic() < until:
+            time.sleep(0.01)  # one that has ended has no command line, or no entry
 
 
 def _connect(address: str | None, workers: int | None) -> None:
@@ -220,9 +299,21 @@ def _connect(address: str | None, workers: int | None) -> None:
     if address is None:
         options = {"address": "local", "num_cpus": workers, "include_dashboard": False}
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        with _signals_kept():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # Ray raises many kinds here
         raise UsageError(f"Ray at {address or 'this machine'}: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray replaces what a process does at SIGTERM, in Python and below it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _to_arrays(subspace: SafetySubspace) -> dict[str, Any]:

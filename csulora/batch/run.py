@@ -21,6 +21,7 @@ from csulora.batch.local import start_local
 from csulora.batch.sources import Item, check_targets, find
 from csulora.batch.steps import Gate, Job
 from csulora.errors import UsageError
+from csulora.files.folders import not_made_anew
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
 from csulora.settings import Correction
@@ -138,10 +139,12 @@ def stream(
     run = Run.of(call, subspace)
     journal = Journal(call.out_dir)
     try:
+        run = run.begun()
         steps.recover(items, call.out_dir)
         gate = _RunGate(run, journal, items, interrupted or threading.Event())
-        recorder = _Recorder(journal, gate, warn)
-        yield from _in_order(_finished(start(run, subspace, items, gate), recorder))
+        recorder = _Recorder(run, journal, gate, warn)
+        with not_made_anew(call.out_dir):
+            yield from _in_order(_finished(start(run, subspace, items, gate), recorder))
     finally:
         journal.close()
 
@@ -156,7 +159,7 @@ def _finished(engine: Engine, recorder: _Recorder) -> Generator[Done, None, None
         recorder.add(engine.stop())
         raise
     finally:
-        recorder.commit()
+        recorder.end()
 
 
 class _Recorder:
@@ -166,8 +169,10 @@ class _Recorder:
     if the journal cannot be written at all; but then no more is begun.
     """
 
-    def __init__(self, journal: Journal, gate: _RunGate, warn: Callable[[str], object]) -> None:
-        self._journal, self._gate, self._warn = journal, gate, warn
+    def __init__(
+        self, run: Run, journal: Journal, gate: _RunGate, warn: Callable[[str], object]
+    ) -> None:
+        self._run, self._journal, self._gate, self._warn = run, journal, gate, warn
         self._broken = False
         self._lines: list[dict[str, Any]] = []
         self._last = time.monotonic()
@@ -191,6 +196,13 @@ class _Recorder:
         self._lines = []
         self._last = time.monotonic()
 
+    def end(self) -> None:
+        """The last commit; where nothing was left to refuse, a lost folder is told of here."""
+        self.commit()
+        lost = self._run.lost()
+        if lost is not None and not self._gate.refused:
+            self._warn(lost)
+
 
 def _in_order(finished: Generator[Done, None, None]) -> Iterator[Outcome]:
     waiting: dict[int, Outcome] = {}
@@ -211,6 +223,7 @@ class _RunGate:
     ) -> None:
         self._run, self._journal, self._interrupted = run, journal, interrupted
         self._over: str | None = None
+        self.refused = False
         self._other = _made_otherwise(run, journal, items)
 
     def end(self, reason: str) -> None:
@@ -219,19 +232,17 @@ class _RunGate:
     def __call__(self, job: Job) -> Done | None:
         if self._interrupted.is_set():
             self.end("the run was interrupted")
+        if lost := self._run.lost():
+            self.end(lost)
         if self._over:
-            return self._not_started(job, self._over)
+            self.refused = True
+            return steps.not_started(self._run, job, self._over)
         done = steps.decide(self._run, self._journal.entry, job)
         there = os.path.lexists(self._run.call.out_dir / job.item.target)
         if done is None and self._other and not there:
             other = f"{self._other} was made with other settings or by another version"
-            return self._not_started(job, f"{other}, which this would mix")
+            return steps.not_started(self._run, job, f"{other}, which this would mix")
         return done
-
-    def _not_started(self, job: Job, reason: str) -> Done:
-        return steps.failed(
-            self._run, job, "not started", f"{job.item.source}: not started, as {reason}"
-        )
 
 
 def _made_otherwise(run: Run, journal: Journal, items: Sequence[Item]) -> Path | None:

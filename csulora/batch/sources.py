@@ -137,11 +137,24 @@ def _matches(pattern: str) -> list[Item]:
 
 
 def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not names
-    if pattern[0] == "**":
-        return any(_fits(names[skip:], pattern[1:]) for skip in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+    """Whether the parts of a path fit those of a pattern, in names times parts steps."""
+    reached = _with_skips({0}, pattern)  # how many parts of the pattern may be used up
+    for name in names:
+        used = {i if pattern[i] == "**" else i + 1 for i in reached if _takes(pattern, i, name)}
+        reached = _with_skips(used, pattern)
+    return len(pattern) in reached
+
+
+def _takes(pattern: Sequence[str], i: int, name: str) -> bool:
+    return i < len(pattern) and (pattern[i] == "**" or fnmatchcase(name, pattern[i]))
+
+
+def _with_skips(reached: set[int], pattern: Sequence[str]) -> set[int]:
+    """`**` may stand for no folder at all."""
+    for i, part in enumerate(pattern):
+        if i in reached and part == "**":
+            reached.add(i + 1)
+    return reached
 
 
 def _adapters(base: str, depth: int | None) -> Iterator[str]:

@@ -170,6 +170,11 @@ def failed(run: Run, job: Job, kind: Kind, error: str) -> Done:
     return Done(job.number, Outcome(job.item.source, target, "failed", error=error, kind=kind))
 
 
+def not_started(run: Run, job: Job, reason: str) -> Done:
+    """The end of an adapter whose turn never came."""
+    return failed(run, job, "not started", f"{job.item.source}: not started, as {reason}")
+
+
 def weights_size(job: Job) -> int:
     """Bytes of an adapter's weights as far as one look tells, 0 for a hub id."""
     try:

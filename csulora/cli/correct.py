@@ -6,10 +6,8 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +21,13 @@ from csulora.batch.summary import Summary, probe
 from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
 from csulora.cli.output import progress, say, stdout
+from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import UsageError
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
 from csulora.pipeline.backend import pick_device
 from csulora.subspace import SafetySubspace
-from csulora.text import one_line
+from csulora.text import listed, one_line
 
 FORMAT = "csulora_outcomes/1"
 # More adapters than this are summed up in a table; fewer get a line each.
@@ -50,20 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
         copy_speed = probe(items, call.out_dir)
     summary = Summary(len(items), copy_speed)
     results = _JsonResults() if arguments.json else _TextResults(len(items))
-    with (
-        progress("correcting") as report,
-        _interruptible(report.say) as interrupted,
-        contextlib.closing(
-            stream(items, subspace, call, start, interrupted, partial(_warn, report.say))
-        ) as outcomes,
-    ):
-        for found in outcomes:
-            outcome = _with_remedy(found, call.existing)
-            summary.add(outcome)
-            results.add(outcome)
-            for line in _complaints(outcome):
-                report.say(f"csulora: {one_line(line)}")
-            report(sum(summary.counts.values()), len(items), Path(outcome.adapter).name)
+    interrupted = Interruption()
+    try:
+        outcomes = partial(stream, items, subspace, call, start, interrupted)
+        _through(outcomes, len(items), call.existing, summary, results, interrupted)
+    except KeyboardInterrupt as stop:  # Ray makes its own of any that comes while it waits
+        results.end(summary)
+        raise stop if isinstance(stop, Ended) else Ended(interrupted.number) from None
     left = summary.failures["not started"]
     if left:
         first = one_line(summary.examples["not started"])
@@ -74,8 +66,32 @@ def run(arguments: argparse.Namespace) -> int:
 
         write_page(summary, page)
     if interrupted.is_set():
-        raise KeyboardInterrupt
+        raise Ended(interrupted.number)
     return 1 if summary.counts["failed"] else 0
+
+
+def _through(
+    outcomes: Callable[[Callable[[str], object]], Generator[Outcome, None, None]],
+    total: int,
+    existing: Existing,
+    summary: Summary,
+    results: _JsonResults | _TextResults,
+    interrupted: Interruption,
+) -> None:
+    """Each outcome, as it comes, to summary, results and progress."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # Ray prints, of lost workers for one
+        progress("correcting") as report,
+        gentle(interrupted, report.say),
+        contextlib.closing(outcomes(partial(_warn, report.say))) as found,
+    ):
+        for outcome in found:
+            outcome = _with_remedy(outcome, existing)
+            summary.add(outcome)
+            results.add(outcome)
+            for line in _complaints(outcome):
+                report.say(f"csulora: {one_line(line)}")
+            report(sum(summary.counts.values()), total, Path(outcome.adapter).name)
 
 
 def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
@@ -129,42 +145,33 @@ def _listed(source: str | None) -> list[str]:
     if source is None:
         return []
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _standard_input() if source == "-" else os.fsdecode(Path(source).read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"{source}: cannot be read ({error})") from None
+    text = text.removeprefix("\ufeff")
     if "\0" in text:
         return [name for name in text.split("\0") if name.strip()]
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _standard_input() -> str:
+    """All of it; names of files need not be UTF-8."""
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    if hasattr(sys.stdin, "buffer"):
+        return os.fsdecode(sys.stdin.buffer.read())
+    return sys.stdin.read()
 
 
 def _warn(say: Callable[[str], None], text: str) -> None:
     say(f"csulora: warning: {one_line(text)}")
 
 
-@contextlib.contextmanager
-def _interruptible(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def on_signal(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        interrupted.set()
-        say("csulora: interrupted: finishing what is in memory; once more to drop it")
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class _TextResults:
     """A line for each of a few adapters, then the table."""
 
     def __init__(self, total: int) -> None:
+        self._console = stdout()
         self._lines: list[str] = []
         self._wanted = total <= LINES
 
@@ -173,25 +180,27 @@ class _TextResults:
             self._lines.append(_as_line(outcome))
 
     def end(self, summary: Summary) -> None:
-        console = stdout()
         for line in self._lines:
-            console.print(line, soft_wrap=True)
-        print_summary(console, summary)
+            self._console.print(line, soft_wrap=True)
+        print_summary(self._console, summary)
 
 
 class _JsonResults:
     """{"format": ..., "adapters": [...], "summary": {...}}, an adapter a line, written as they come."""
 
     def __init__(self) -> None:
+        self._out = sys.stdout
         self._before = f'{{"format": "{FORMAT}", "adapters": [\n'
 
     def add(self, outcome: Outcome) -> None:
-        sys.stdout.write(self._before + json.dumps(_as_json(outcome)))
+        self._out.write(self._before + json.dumps(_as_json(outcome)))
         self._before = ",\n"
 
     def end(self, summary: Summary) -> None:
-        sys.stdout.write(f'\n], "summary": {json.dumps(summary.to_dict())}}}\n')
-        sys.stdout.flush()
+        if self._before != ",\n":
+            self._out.write(self._before)
+        self._out.write(f'\n], "summary": {json.dumps(summary.to_dict())}}}\n')
+        self._out.flush()
 
 
 def _as_line(outcome: Outcome) -> str:
@@ -218,8 +227,10 @@ def _complaints(outcome: Outcome) -> Iterator[str]:
     if passed:
         warnings.append(f"{len(passed)} tensor(s) copied uncorrected: {', '.join(passed[:3])}")
     if outcome.left_out:
-        names = ", ".join(outcome.left_out[:3])
-        warnings.append(f"not copied, being other weights or links to folders: {names}")
+        names = listed(outcome.left_out)
+        warnings.append(
+            f"not copied, being other weights, training states or links to folders: {names}"
+        )
     for warning in warnings:
         yield f"warning: {outcome.adapter}: {warning}"
 

@@ -32,7 +32,9 @@ class Progress:
 
 def stdout() -> Console:
     """The console for results."""
-    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False, markup=False)
+    out = sys.stdout
+    width = None if out.isatty() else LOG_WIDTH
+    return Console(file=out, width=width, highlight=False, markup=False)
 
 
 @contextlib.contextmanager

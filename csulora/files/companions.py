@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from csulora.errors import CsuloraError
-from csulora.files.folders import inside
+from csulora.files.folders import inside, make_folders
+from csulora.files.peft_config import FILE as CONFIG
 from csulora.files.plain import copy_file, mode_of, reading
 from csulora.text import encodable
 
@@ -15,6 +17,14 @@ from csulora.text import encodable
 # and how many folders deep they may lie.
 OTHER_BYTES, OTHER_MULTIPLE = 4 << 30, 64
 DEEPEST = 64
+# What trainers keep beside an adapter to go on from: optimizer, scheduler, random states, nearly all
+# of it pickles, whatever its name.
+_TRAINING = re.compile(
+    r".*\.(pt|pth|bin|pkl|pickle|ckpt|distcp)|(optimizer|scheduler)\..*|rng_state.*"
+    r"|zero_to_fp32\.py|latest",
+    re.IGNORECASE | re.DOTALL,
+)
+_TRAINING_FOLDER = re.compile(r"global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
 
 def copy_companions(source: Path, target: Path, weights: int, apart: Collection[str]) -> list[str]:
@@ -29,6 +39,7 @@ def copy_companions(source: Path, target: Path, weights: int, apart: Collection[
                 f"{path}: {size} bytes; of the files beside the weights {limit} are copied at most, "
                 "move what does not belong to the adapter"
             )
+        make_folders((target / relative).parent)
         copy_file(path, target / relative)
         left -= size
     for relative in folders:
@@ -52,13 +63,19 @@ def _other_files(
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
             relative = os.path.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and not _stays(entry):
                 folders.append(relative)
             elif os.path.isdir(entry.path):
                 left_out.append(relative)
             elif relative not in apart:
-                if entry.name.startswith("adapter_model."):
+                if entry.name.startswith("adapter_model.") or _TRAINING.fullmatch(entry.name):
                     left_out.append(relative)
                 else:
                     copied[relative] = inside(source, relative, source)
     return copied, folders, sorted(encodable(name) for name in left_out)
+
+
+def _stays(folder: os.DirEntry[str]) -> bool:
+    """Whether a folder within an adapter is not copied: another adapter, or a training state."""
+    nested = os.path.lexists(os.path.join(folder.path, CONFIG))
+    return nested or _TRAINING_FOLDER.fullmatch(folder.name) is not None

@@ -18,6 +18,7 @@ from csulora.files.plain import mode_of
 
 # What is in the temporary folder of an output: its lock, the output to be, the one that it replaces.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
+_WORKED_IN: list[Path] = []  # folders that `make_folders` does not make
 # What a killed run leaves beside a folder: its temporary folder, its lock.
 _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 
@@ -31,7 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     mode = mode_of(path)
-    try:
+    try:  # from here on, as a signal may come between any two steps
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         os.close(os.open(temporary, flags, 0o666 if mode is None else 0o600))
         yield temporary
@@ -160,10 +161,22 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def not_made_anew(path: Path) -> Iterator[None]:
+    """While a run works in a folder that is there: if it is taken away, it stays away."""
+    _WORKED_IN.append(path)
+    try:
+        yield
+    finally:
+        _WORKED_IN.remove(path)
+
+
 def make_folders(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them durable."""
     missing = []
     while not path.is_dir() and path != path.parent:
+        if path in _WORKED_IN:
+            raise FileNotFoundError(errno.ENOENT, "was removed or renamed", str(path))
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):

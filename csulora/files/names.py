@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from csulora.errors import CsuloraError
 
+SHOWN = 3  # of the names that fit one that should fit one alone
 SEE_LIKE = (
     "these have to be among the modules of the subspace and of the checkpoints: "
     "see csulora estimate --like"
@@ -24,20 +25,19 @@ def match_modules(
 
     Raises CsuloraError that lists every name without a match, with several, or sharing one.
     """
-    by_leaf: dict[str, list[str]] = {}
-    for name in known:
-        by_leaf.setdefault(_leaf(name), []).append(name)
+    index: _Endings | None = None  # made only where a name is not the same
     matched: dict[str, str] = {}
     problems: list[str] = []
     for name in wanted:
         if name in known:
             matched[name] = name
             continue
-        candidates = [k for k in by_leaf.get(_leaf(name), ()) if _suffixes(name, k)]
+        index = index or _Endings(known)
+        candidates = index.candidates(name)
         if len(candidates) == 1:
             matched[name] = candidates[0]
         elif candidates:
-            problems.append(f"{name} (fits {', '.join(sorted(candidates)[:3])})")
+            problems.append(f"{name} (fits {', '.join(sorted(candidates)[:SHOWN])})")
         else:
             problems.append(name)
     owners: dict[str, str] = {}
@@ -77,9 +77,29 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+class _Endings:
+    """Names by their parts from the last one on, so that one look-up costs the length of a name."""
 
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.below: dict[str, _Endings] = {}
+        self.name: str | None = None  # the name that ends here
+        self.first: list[str] = []  # of the names that pass or end here
+        for name in sorted(names):
+            node = self
+            for part in reversed(name.split(".")):
+                node = node.below.setdefault(part, _Endings())
+                if len(node.first) < SHOWN:
+                    node.first.append(name)
+            node.name = name
 
-def _suffixes(a: str, b: str) -> bool:
-    return ends_with(a, b) or ends_with(b, a)
+    def candidates(self, name: str) -> list[str]:
+        """The names that end `name` at a dot or that it ends; of the latter the first few."""
+        found: list[str] = []
+        node = self
+        for part in reversed(name.split(".")):
+            if part not in node.below:
+                return found
+            node = node.below[part]
+            if node.name is not None:
+                found.append(node.name)
+        return found + [other for other in node.first if other != name]

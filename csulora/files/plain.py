@@ -98,7 +98,6 @@ def copy_file(source: Path, destination: Path) -> None:
 
     Holes are left out, so that a copy takes no more of the disk than its source.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with reading(source):
         reader = open_regular(source)
     with reader, open(destination, "wb", buffering=0) as writer:

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import builders
 import pytest
@@ -16,11 +19,13 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.slow
 
 # Loaded by every Python process of the cluster: opening a file below "poison" ends it, but not before
-# the rest of its shard is written.
+# the rest of its shard is written. Opening one below "slow" takes its time.
 POISON = """
 import os, sys, time
 
 def hook(event, arguments):
+    if event == "open" and "/slow/" in str(arguments[0]):
+        time.sleep(0.5)
     if event == "open" and "/poison/" in str(arguments[0]):
         time.sleep(0.5)
         os._exit(1)
@@ -111,6 +116,72 @@ def test_a_killed_worker_costs_nothing(many, address, tmp_path, monkeypatch):
     assert builders.tree(out) == expected
     lines = (out / builders.JOURNAL).read_text().splitlines()
     assert len(lines) == 41
+
+
+def test_a_stopped_worker_is_given_up(many, address, tmp_path, monkeypatch):
+    """To Ray a process that does not run is alive; its locks are held as well."""
+    source, subspace, expected = many
+    stopped = []
+
+    def stop(outcome, done, total):
+        if not stopped:
+            stopped.extend(workers()[:1])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    for name, value in {"LARGEST_SHARD": 3, "SILENCE": 1, "PATIENCE": 1, "LOOK": 0.2}.items():
+        monkeypatch.setattr(ray_engine, name, value)
+    ended, kill = [], ray_engine.RayEngine._kill
+    monkeypatch.setattr(
+        ray_engine.RayEngine, "_kill", lambda *given: ended.append(given) or kill(*given)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "out"
+    outcomes = correct_many(
+        [source], subspace, out, engine="ray", ray_address=address, jobs=2, on_done=stop
+    )
+    assert stopped and len(ended) == 1
+    assert {outcome.status for outcome in outcomes} == {"corrected"}, outcomes
+    assert builders.tree(out) == expected
+    assert signal.getsignal(signal.SIGTERM) is before  # Ray has its own
+
+
+def test_a_busy_worker_is_not_given_up(many, address, tmp_path, monkeypatch):
+    """It answers beside its work, however long that takes."""
+    source, subspace, _ = many
+    (source / "t1" / "slow").mkdir()
+    builders.write_adapter(source / "t1" / "slow" / "a")
+    for name, value in {"SILENCE": 0.2, "PATIENCE": 2, "LOOK": 0.1}.items():
+        monkeypatch.setattr(ray_engine, name, value)
+    only = [source / "t1" / "slow" / "a"]
+    out = tmp_path / "out"
+    (outcome,) = correct_many(
+        only, subspace, out, engine="ray", ray_address=address, jobs=1, batch_bytes=1
+    )
+    assert outcome.status == "corrected", outcome
+
+
+def test_a_signal_ends_a_run_on_ray(many, address, subspace, tmp_path):
+    """What Ray prints then is neither a stack nor in the results."""
+    source, _, _ = many
+    out = tmp_path / "out"
+    arguments = ["correct", source, "--subspace", subspace, "--out-dir", out, "--json"]
+    arguments += ["--engine", "ray", "--ray-address", address]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csulora", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not out.exists() or len(os.listdir(out)) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    text, complaints = process.communicate(timeout=60)
+    assert process.returncode == 143, complaints
+    assert complaints.endswith("SIGTERM; finished outputs are complete\n")
+    assert "***" not in complaints and "Traceback" not in complaints
+    assert len(json.loads(text)["adapters"]) == 40
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("existing", ["refuse", "overwrite"])

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import time
 
 import builders
 import pytest
@@ -68,6 +69,33 @@ def test_a_folder_without_adapters_stays_one_source(tree):
 def test_names_with_wildcards_are_taken_as_they_are_if_they_exist(tree):
     builders.write_adapter(tree / "odd[1]*")
     assert targets("in/odd[1]*") == ["odd[1]*"]
+
+
+def test_patterns_with_many_stars_and_trees_of_many_levels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deep = os.path.join("in", *["d"] * 40)
+    os.makedirs(os.path.join(deep, "x"))
+    builders.write_adapter(tmp_path / deep / "x" / "lora")
+    start = time.process_time()
+    for pattern in ("in/" + "**/" * 12 + "nothing", "in/" + "**/d/" * 12 + "nothing"):
+        with pytest.raises(UsageError, match="matches no folder"):
+            find([pattern])
+    assert len(find(["in/" + "**/" * 12 + "lora"])) == 1
+    assert time.process_time() - start < 5
+
+
+def test_a_tree_deeper_than_recursion_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    levels = ["in" + "/d" * i for i in range(1500)]  # paths that the file system takes
+    for path in levels:
+        os.mkdir(path)
+    config = f"{levels[-1]}/{builders.CONFIG}"
+    with open(config, "w"):
+        pass
+    assert targets("in") == [levels[-1].removeprefix("in/")]
+    os.unlink(config)
+    for path in reversed(levels):  # whoever clears up recurses
+        os.rmdir(path)
 
 
 @pytest.mark.parametrize("pattern", ["in/nothing*", "none/**", "in/**/nothing", "in/empty/**"])

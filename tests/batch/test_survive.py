@@ -6,15 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import builders
 import pytest
 from builders import JOURNAL, journal_lines, outcomes, run_correct
 
-from csulora import LoraAdapter
-from csulora.batch import steps
+from csulora import LoraAdapter, SafetySubspace
+from csulora.batch import Call, find, steps, stream
 from csulora.batch.journal import Journal
+from csulora.batch.local import WRITERS
+from csulora.files.folders import make_folders, not_made_anew
 
 # --- killed ---------------------------------------------------------------------------------------
 
@@ -204,6 +207,101 @@ def test_a_journal_that_is_a_link_is_not_followed(capsys, batch, tmp_path):
     result = run_correct(capsys, source, *common)
     assert (result.code, len(result.complaints)) == (2, 1)
     assert (tmp_path / "elsewhere").read_text() == ""
+
+
+# --- the output folder taken away ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["folder", "journal", "replaced"])
+def test_an_output_folder_taken_away_ends_the_run(capsys, tmp_path, subspace, monkeypatch, what):
+    for i in range(80):
+        builders.write_adapter(tmp_path / "in" / f"n{i:02}", seed=i % 3)
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    written, turn = [], threading.Lock()
+    write = steps.write
+
+    def take_away(run, ready):
+        with turn:
+            done = write(run, ready)
+            written.append(ready.loaded.job.item.target)
+            if len(written) == 5:
+                if what == "journal":
+                    (out / JOURNAL).unlink()
+                else:
+                    out.rename(moved)
+                if what == "replaced":
+                    out.mkdir()
+        return done
+
+    monkeypatch.setattr(steps, "write", take_away)
+    call = (tmp_path / "in", "--subspace", subspace, "--out-dir", out)
+    result = run_correct(capsys, *call, "--json")
+    assert result.code == 1 and not result.warnings
+    (line,) = result.complaints
+    place = (
+        f"the {'journal in' if what == 'journal' else 'output folder'} {out} was removed or renamed"
+    )
+    assert "adapters were not started, the first: " in line and line.endswith(f"as {place}")
+    place = out if what == "journal" else moved
+    done = {name for name, (status, _) in outcomes(result).items() if status == "corrected"}
+    elsewhere = builders.outputs(out) if what == "replaced" else []
+    assert len(elsewhere) < WRITERS  # those that were being written
+    assert 5 <= len(done) < 15 and len(builders.outputs(place)) + len(elsewhere) >= len(done)
+    assert out.exists() == (what != "folder")
+    monkeypatch.undo()
+    # The next run begins a journal of its own, or goes on with that of the folder.
+    again = run_correct(capsys, *call[:-1], place, "--resume", "--json")
+    assert again.code == 0
+    assert json.loads(again.out)["summary"]["skipped"] >= len(done) - len(elsewhere)
+
+
+def test_an_output_folder_taken_away_at_the_end_is_told_of(capsys, batch, monkeypatch):
+    source, common, out = batch
+    write, written = steps.write, []
+
+    def take_away(run, ready):
+        done = write(run, ready)
+        written.append(done)
+        if len(written) == 3:
+            shutil.rmtree(out)
+        return done
+
+    monkeypatch.setattr(steps, "write", take_away)
+    result = run_correct(capsys, source, *common)
+    (warning,) = result.warnings
+    assert warning == f"csulora: warning: the output folder {out} was removed or renamed"
+    assert not out.exists()
+
+
+def test_folders_are_not_made_anew_while_a_run_works_in_them(tmp_path):
+    with not_made_anew(tmp_path / "out"):
+        with pytest.raises(FileNotFoundError):
+            make_folders(tmp_path / "out" / "a" / "b")
+        make_folders(tmp_path / "other" / "a")
+    make_folders(tmp_path / "out" / "a" / "b")
+
+
+def test_a_stop_does_not_wait_for_a_hub(tmp_path, subspace, monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+    read = steps.read
+
+    def wait(run, job):
+        if not job.item.local:
+            asked.set()
+            answer.wait(60)
+        return read(run, job)
+
+    monkeypatch.setattr(steps, "read", wait)
+    adapter = builders.write_adapter(tmp_path / "a")
+    call = Call(tmp_path / "out")
+    run = stream(find([adapter, "org/x"]), SafetySubspace.load(subspace), call)
+    try:
+        assert next(run).status == "corrected" and asked.wait(60)
+        run.close()  # returns, though nobody answers
+        assert not answer.is_set()
+    finally:
+        answer.set()
+    assert builders.outputs(tmp_path / "out") == ["a"]
 
 
 # --- folders that become links --------------------------------------------------------------------

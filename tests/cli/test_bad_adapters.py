@@ -422,3 +422,37 @@ def test_in_a_process(case, tmp_path, adapter, subspace, out):
     assert done.stderr.count("csulora: failed") + done.stderr.count("csulora: error") == 1
     assert not out.exists() or not list(out.iterdir())
     assert not (tmp_path / "EXECUTED").exists()
+
+
+TRAINING = [
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_3.pth"),
+    *("training_args.bin", "scaler.pt", "random_states_0.pkl", "x/last.ckpt", "zero_to_fp32.py"),
+]
+KEPT = ["trainer_state.json", "tokenizer.json", "x/notes.txt", "checkpoints.md"]
+
+
+def test_of_a_trainers_folder_only_the_adapter_is_copied(tmp_path, subspace, out, capsys):
+    """Its checkpoints are adapters of their own, and what it needs to go on is of no use to a server."""
+    source = write_adapter(tmp_path / "run")
+    for step in (5, 10):
+        nested = write_adapter(source / f"checkpoint-{step}", seed=step)
+        for name in ("optimizer.pt", "trainer_state.json"):
+            (nested / name).write_bytes(b"state")
+    (source / "global_step10").mkdir()
+    (source / "global_step10" / "notes.txt").write_text("x")
+    (source / "x").mkdir()
+    for name in (*TRAINING, *KEPT):
+        (source / name).write_bytes(b"state")
+    result = run(capsys, "correct", source, "--subspace", subspace, "--out-dir", out)
+    assert result.code == 0
+    expected = {WEIGHTS, CONFIG, REPORT, "README.md", *KEPT}
+    assert set(tree(out)) == {f"run/{name}" for name in expected}
+    left_out = json.loads((out / "run" / REPORT).read_text())["left_out"]
+    assert left_out == sorted([*TRAINING, "checkpoint-5", "checkpoint-10", "global_step10"])
+    (warning,) = result.warnings
+    assert "checkpoint-10, checkpoint-5, global_step10" in warning
+    again = tmp_path / "again"
+    pattern = str(tmp_path / "run" / "checkpoint-*")
+    assert run(capsys, "correct", pattern, "--subspace", subspace, "--out-dir", again).code == 0
+    names = {WEIGHTS, CONFIG, REPORT, "README.md", "trainer_state.json"}
+    assert set(tree(again)) == {f"checkpoint-{s}/{name}" for s in (5, 10) for name in names}

@@ -88,7 +88,7 @@ def test_no_more_than_the_limit_is_read(tmp_path):
     "spans", [[], [(0, 5)], [(1 << 20, 5)], [(0, 1), (3 << 20, (1 << 20) + 3)]]
 )
 def test_a_copy_has_the_bytes_the_mode_and_no_more_blocks(tmp_path, spans):
-    source, target = tmp_path / "x", tmp_path / "below" / "y"
+    source, target = tmp_path / "x", tmp_path / "y"
     with open(source, "wb") as file:
         for begin, size in spans:
             file.seek(begin)
