@@ -190,6 +190,7 @@ SHARES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*that no shard holds")
 @pytest.mark.parametrize("total", [2000, pytest.param(20_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", SHARES)
 def test_mutations(tmp_path, monkeypatch, kind, total):
