@@ -5,8 +5,6 @@ import os
 # Read once, when the hub client is imported: a path that does not exist must never become a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import os
-
 import builders
 import pytest
 import torch
@@ -14,6 +12,9 @@ import torch
 # Tiny matrices: a second thread only waits, and waits long where cores are shared.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+# Where there is no GPU, Triton interprets: chosen before any test can import it, as PEFT does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):

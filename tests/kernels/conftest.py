@@ -1,16 +1,10 @@
-"""Where there is no GPU, Triton interprets: chosen here, before any test can import it.
+"""Triton's interpreter, for tests of the kernels where there is no GPU.
 
 With a GPU Triton compiles, test_gpu.py runs the cases there, and the tests that need the interpreter
 skip; TRITON_INTERPRET=1 in the environment turns that round.
 """
 
-import os
-
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +17,7 @@ def interpreter():
         pytest.skip("Triton compiles here; with TRITON_INTERPRET=1 it interprets")
     # Half of it would compile. Not a skip, which would hide every test of the kernels.
     early = not isinstance(triton.language.sum, InterpretedFunction)
-    assert not early, "Triton was imported before tests/kernels/conftest.py"
+    assert not early, "Triton was imported before tests/conftest.py"
     with pytest.MonkeyPatch.context() as patch:
         _prepare_once_a_launch(patch)
         yield
