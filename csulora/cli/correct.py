@@ -32,6 +32,7 @@ from csulora.text import listed, one_line
 FORMAT = "csulora_outcomes/1"
 # More adapters than this are summed up in a table; fewer get a line each.
 LINES = 20
+LONGEST_LIST = 1 << 28  # bytes of names
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -145,7 +146,9 @@ def _listed(source: str | None) -> list[str]:
     if source is None:
         return []
     try:
-        text = _standard_input() if source == "-" else os.fsdecode(Path(source).read_bytes())
+        text = os.fsdecode(_standard_input() if source == "-" else _start(source))
+        if len(text) > LONGEST_LIST:
+            raise ValueError(f"more than {LONGEST_LIST} bytes")
     except (OSError, ValueError) as error:
         raise UsageError(f"{source}: cannot be read ({error})") from None
     text = text.removeprefix("\ufeff")
@@ -154,13 +157,17 @@ def _listed(source: str | None) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _standard_input() -> str:
-    """All of it; names of files need not be UTF-8."""
+def _start(source: str) -> bytes:
+    """Of a file, or of a pipe as a shell makes them: what a list may have, and a byte more."""
+    with open(source, "rb") as file:
+        return file.read(LONGEST_LIST + 1)
+
+
+def _standard_input() -> str | bytes:
+    """The same; names of files need not be UTF-8."""
     if sys.stdin is None:
         raise OSError("standard input is closed")
-    if hasattr(sys.stdin, "buffer"):
-        return os.fsdecode(sys.stdin.buffer.read())
-    return sys.stdin.read()
+    return getattr(sys.stdin, "buffer", sys.stdin).read(LONGEST_LIST + 1)
 
 
 def _warn(say: Callable[[str], None], text: str) -> None:
