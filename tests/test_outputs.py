@@ -199,6 +199,7 @@ def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, l
     for option in ("--overwrite", "--resume"):
         result = run_correct(capsys, *call, option)
         assert result.code == 1 and len(result.complaints) == 1
+        assert "--overwrite" not in result.complaints[0]  # which would not help
     assert builders.tree(place) == before
 
 
