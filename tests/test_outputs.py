@@ -304,6 +304,36 @@ def forged(output, factor):
     return name.removesuffix(".lora_B.weight").removeprefix(builders.PREFIX)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("settings", "dtype", "load"),
+        ("settings", "dtype", "float99"),
+        ("settings", "dtype", []),
+        ("settings", "granularity", "other"),
+        ("subspace", "rank", "x"),
+        ("subspace", "rank", 9999),
+    ],
+)
+def test_settings_that_nobody_writes_are_a_problem_of_that_output(
+    part, name, value, capsys, batch, subspace, tmp_path
+):
+    output = tmp_path / "out" / "lora"
+    with safe_open(output / WEIGHTS, framework="pt") as handle:
+        mark = json.loads(handle.metadata()["csulora"])
+    report = json.loads((output / REPORT).read_text())
+    for stated in (mark, report):
+        stated[part][name] = value
+    metadata = {"format": "pt", "csulora": json.dumps(mark)}
+    builders.save_file(builders.load_file(output / WEIGHTS), output / WEIGHTS, metadata)
+    report["output"]["sha256"] = builders.digest(output / WEIGHTS)
+    builders.write_json(output / REPORT, report)
+    given = ("--source", tmp_path / "in", "--subspace", subspace)
+    result = run(capsys, "verify", tmp_path / "out", *given)
+    assert result.code == 1 and "1 as written, 1 not" in result.out
+    assert str(output) in result.complaints[0] and "settings" in result.complaints[0]
+
+
 @pytest.mark.parametrize("form", ["exact", "same"])
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 @pytest.mark.parametrize("portable", [False, True])
