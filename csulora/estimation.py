@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter
 from csulora.errors import CsuloraError, UsageError
-from csulora.files.checkpoint import Checkpoint
+from csulora.files.checkpoint import EMBEDDINGS, HEADS, Checkpoint
 from csulora.files.layouts import in_other_layouts, match_layouts
 from csulora.files.names import ends_with
 from csulora.files.quantised import REMEDY, kind_of_config
@@ -27,11 +27,8 @@ from csulora.pipeline.backend import pick_backend, pick_device
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
 # Embeddings and output heads, which LoRA rarely targets, by their usual names.
-_EMBEDDINGS = frozenset(
-    {"embed_tokens", "embed_in", "embed_out", "embed_positions", "wte", "wpe", "word_embeddings"}
-    | {"position_embeddings", "token_type_embeddings", "tok_embeddings", "shared", "embeddings"}
-    | {"lm_head", "output", "score"}
-)
+_RARE = EMBEDDINGS | HEADS | {"output", "score"}
+_RARE |= {"embed_positions", "wpe", "position_embeddings", "token_type_embeddings"}
 # Of ||D||_F: products of D with its transpose must stay within float32.
 LARGEST = 1e15
 # Model types whose blocks use transformers' Conv1D, which stores its weight as (d_in, d_out).
@@ -156,7 +153,7 @@ def _linear_weights(base: Checkpoint, aligned: Checkpoint) -> list[str]:
     return [
         name
         for name, weight in (base.weights | promised).items()
-        if len(weight.shape) == 2 and name.rpartition(".")[2] not in _EMBEDDINGS
+        if len(weight.shape) == 2 and name.rpartition(".")[2] not in _RARE
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from csulora.errors import ChangedError, CsuloraError, ExistsError
 from csulora.files import peft_config
 from csulora.files.folders import check_folder
-from csulora.files.json import finite, load_json, read_json
+from csulora.files.json import parse_json, read_json
 from csulora.files.plain import sha256_file
 from csulora.files.safetensors import open_safetensors
 from csulora.report import Report
@@ -48,10 +48,9 @@ def metadata_of(made: Mapping[str, Any]) -> dict[str, str]:
 def mark_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the mark in the metadata of weights says, empty where there is none that can be read."""
     try:
-        mark = load_json(metadata.get(KEY, "{}").encode(), parse_constant=finite)
-    except (ValueError, RecursionError):
+        return parse_json(Path(KEY), metadata.get(KEY, "{}").encode())
+    except CsuloraError:
         return {}
-    return mark if isinstance(mark, dict) else {}
 
 
 def mark_of(weights: Path) -> dict[str, Any]:
@@ -65,7 +64,9 @@ def mark_of(weights: Path) -> dict[str, Any]:
 
 def made_of(mark: Mapping[str, Any]) -> dict[str, Any]:
     """How the weights with this mark were corrected; empty where they were not."""
-    return {k: v for k, v in mark.items() if k != "made_by"} if "settings" in mark else {}
+    if "settings" not in mark:
+        return {}
+    return {k: v for k, v in mark.items() if k != "made_by" and isinstance(v, dict)}
 
 
 def check_replaceable(folder: Path) -> None:

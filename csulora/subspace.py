@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.folders import whole_file
-from csulora.files.json import finite, load_json
+from csulora.files.json import load_json
 from csulora.files.safetensors import open_safetensors, safetensors_chunks, write_safetensors
 from csulora.text import span
 
@@ -206,8 +206,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[Origin, dic
 
 
 def _read_value(metadata: Mapping[str, str], key: str, default: str) -> Any:
-    text = metadata.get(key, default).encode()
-    return load_json(text, parse_constant=finite, parse_float=finite)
+    return load_json(metadata.get(key, default).encode())
 
 
 def _share(value: object) -> float:

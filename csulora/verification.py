@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from csulora.adapter import LoraAdapter, LoraModule, identify
+from csulora.adapter import DTYPES, LoraAdapter, LoraModule, identify
 from csulora.correction import correct
-from csulora.errors import ChangedError, ExistsError
+from csulora.errors import ChangedError, CsuloraError, ExistsError
 from csulora.output import (
     WEIGHTS,
     differences,
@@ -19,11 +19,13 @@ from csulora.output import (
     mark_of,
     written_report,
 )
+from csulora.pipeline.backend import check_backend
 from csulora.report import Report
 from csulora.subspace import SafetySubspace
 
 # Of the update, relative: another device, or another number of threads, rounds otherwise.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_DTYPES = {"keep": None, **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def verify(
     devices. An output that has changed, or is none, is a finding; raises CsuloraError only where `source`
     cannot be read, and UsageError for an unknown backend or device.
     """
+    check_backend(backend, device)
     target = Path(folder)
     try:
         report = written_report(target)
@@ -112,15 +115,20 @@ def _recomputed(
     device: str,
 ) -> list[str]:
     """Where the output is not what the correction gives now."""
-    settings, rank = report.settings, report.subspace.get("rank")
-    keep, portable = settings.get("dtype") == "keep", bool(settings.get("portable"))
+    portable = bool(report.settings.get("portable"))
+    try:
+        dtype, correction = _DTYPES[report.settings["dtype"]], report.correction
+        rank = report.subspace["rank"]
+        used = subspace if rank == subspace.rank else subspace.leading(rank)
+    except (CsuloraError, KeyError, TypeError) as misfit:
+        return [f"its settings are none that csulora writes ({misfit})"]
     # The portable form leaves out what the source may hold beside updates, or refuses it.
     adapter = LoraAdapter.load(source, pass_through=bool(report.passed_through) or portable)
     wanted, _ = correct(
         adapter,
-        subspace if rank == subspace.rank or not rank else subspace.leading(rank),
-        report.correction,
-        dtype=None if keep else getattr(torch, str(settings.get("dtype"))),
+        used,
+        correction,
+        dtype=dtype,
         portable=portable,
         again=True,
         backend=backend,
@@ -132,9 +140,9 @@ def _recomputed(
     if written.written_config() != wanted.config:
         return ["its configuration is not that of the correction"]
     return [
-        f"{name} is {error:.1e} off the correction (relative Frobenius norm)"
+        f"{name} is {distance:.1e} off the correction (relative Frobenius norm)"
         for name, module in written.modules.items()
-        if (error := _distance(module, wanted.modules[name])) > TOLERANCES[module.B.dtype]
+        if (distance := _distance(module, wanted.modules[name])) > TOLERANCES[module.B.dtype]
     ]
 
 

@@ -170,6 +170,30 @@ def test_twice_in_memory_is_said(adapter, loaded):
     assert twice.made["before"] == once.made and "corrected before" in report.warnings[0]
 
 
+MARKS = {
+    "a source that is text": '{"settings": {}, "source": "x"}',
+    "no source": '{"settings": {}, "source": null}',
+    "beyond float64": '{"settings": {"lambda_off": 1e999}, "source": {}}',
+    "nested deeply": '{"settings": {}, "source": ' + 500 * "[" + 500 * "]" + "}",
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_of_others_cost_no_output_its_own(mark, capsys, adapter, subspace, tmp_path):
+    tensors = builders.load_file(adapter / WEIGHTS)
+    builders.save_file(tensors, adapter / WEIGHTS, {"format": "pt", "csulora": MARKS[mark]})
+    call = ("--subspace", subspace, "--out-dir")
+    first = run_correct(capsys, adapter, *call, tmp_path / "out")
+    assert first.code == 0 or "corrected by csulora already" in first.complaints[0]
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert run_correct(capsys, adapter, *call, tmp_path / "out", "--again").code == 0
+    with safe_open(tmp_path / "out" / "lora" / WEIGHTS, framework="pt") as handle:
+        assert "Infinity" not in handle.metadata()["csulora"]
+    again = run_correct(capsys, tmp_path / "out" / "lora", *call, tmp_path / "twice")
+    assert again.code == 1 and "already" in again.complaints[0]
+    assert run(capsys, "verify", tmp_path / "out").code == 0
+
+
 # --- folders of others ----------------------------------------------------------------------------
 
 
@@ -279,6 +303,36 @@ def forged(output, factor):
     report["output"]["sha256"] = builders.digest(output / WEIGHTS)
     builders.write_json(output / REPORT, report)
     return name.removesuffix(".lora_B.weight").removeprefix(builders.PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("settings", "dtype", "load"),
+        ("settings", "dtype", "float99"),
+        ("settings", "dtype", []),
+        ("settings", "granularity", "other"),
+        ("subspace", "rank", "x"),
+        ("subspace", "rank", 9999),
+    ],
+)
+def test_settings_that_nobody_writes_are_a_problem_of_that_output(
+    part, name, value, capsys, batch, subspace, tmp_path
+):
+    output = tmp_path / "out" / "lora"
+    with safe_open(output / WEIGHTS, framework="pt") as handle:
+        mark = json.loads(handle.metadata()["csulora"])
+    report = json.loads((output / REPORT).read_text())
+    for stated in (mark, report):
+        stated[part][name] = value
+    metadata = {"format": "pt", "csulora": json.dumps(mark)}
+    builders.save_file(builders.load_file(output / WEIGHTS), output / WEIGHTS, metadata)
+    report["output"]["sha256"] = builders.digest(output / WEIGHTS)
+    builders.write_json(output / REPORT, report)
+    given = ("--source", tmp_path / "in", "--subspace", subspace)
+    result = run(capsys, "verify", tmp_path / "out", *given)
+    assert result.code == 1 and "1 as written, 1 not" in result.out
+    assert str(output) in result.complaints[0] and "settings" in result.complaints[0]
 
 
 @pytest.mark.parametrize("form", ["exact", "same"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError, UsageError
-from csulora.files.json import finite, load_json
+from csulora.files.json import load_json
 from csulora.files.locks import open_locked
 
 FILE = "csulora_journal.jsonl"
@@ -134,7 +134,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A line that cannot be read counts for nothing: the output is then known by its own report."""
     try:
-        entry = load_json(line, parse_constant=finite)
+        entry = load_json(line)
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

@@ -91,9 +91,8 @@ class RayEngine:
         self._in_hand: dict[Any, tuple[Any, Shard]] = {}  # reference: worker and its shard
         self._ready: list[Any] = []  # workers that have started
         self._processes: dict[Any, tuple[str, int]] = {}  # worker: its node and process
-        self._asked: dict[
-            Any, tuple[Any, float]
-        ] = {}  # reference: worker asked whether it lives, when
+        # reference: worker that was asked whether it lives, and when
+        self._asked: dict[Any, tuple[Any, float]] = {}
         self._heard: dict[Any, float] = {}  # worker: when it last gave a sign of life
         self._begun = time.monotonic()
         for _ in range(self._workers):

@@ -238,8 +238,11 @@ class _RunGate:
             self.refused = True
             return steps.not_started(self._run, job, self._over)
         done = steps.decide(self._run, self._journal.entry, job)
-        there = os.path.lexists(self._run.call.out_dir / job.item.target)
-        if done is None and self._other and not there:
+        if (
+            done is None
+            and self._other
+            and not os.path.lexists(self._run.call.out_dir / job.item.target)
+        ):
             other = f"{self._other} was made with other settings or by another version"
             return steps.not_started(self._run, job, f"{other}, which this would mix")
         return done

@@ -27,10 +27,10 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 WEIGHT = ".weight"
 # Leaves of the names of input embeddings and output heads, as far as models tie them.
-_EMBEDDINGS = frozenset(
+EMBEDDINGS = frozenset(
     {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "embeddings"}
 )
-_HEADS = frozenset({"lm_head", "embed_out"})
+HEADS = frozenset({"lm_head", "embed_out"})
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -180,12 +180,12 @@ def _tied_head(weights: Mapping[str, Weight], config: Mapping[str, object]) -> d
     transformers ties unless told otherwise, and looks into the configuration of the text model too.
     """
     leaves = {name: name.rpartition(".")[2] for name in weights}
-    if not config or not _HEADS.isdisjoint(leaves.values()):
+    if not config or not HEADS.isdisjoint(leaves.values()):
         return {}
     said = [
         part["tie_word_embeddings"]
         for part in (config, config.get("text_config"))
         if isinstance(part, Mapping) and "tie_word_embeddings" in part
     ]
-    found = [name for name in weights if leaves[name] in _EMBEDDINGS and not of_a_sense(name)]
+    found = [name for name in weights if leaves[name] in EMBEDDINGS and not of_a_sense(name)]
     return {"lm_head": weights[found[0]]} if len(found) == 1 and (not said or True in said) else {}

@@ -14,17 +14,19 @@ from csulora.files.plain import read_bytes
 JSON_LIMIT = 64 << 20  # bytes of a file: indices and reports name every module of a model
 # Of a file. A value takes many times its text in memory; a tensor's entry in a header has about seven.
 MOST_VALUES = 1 << 21
+DEEPEST = 100  # lists and objects within each other; copying and writing are recursive
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """A JSON object from a file; numbers and text that could not be written back are refused."""
+    """A JSON object from a file; what could not be written back is refused."""
     return parse_json(path, read_bytes(path, limit))
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """`read_json` of a file whose bytes are at hand."""
     try:
-        value = load_json(data, parse_constant=finite, parse_float=finite)
+        value = load_json(data)
+        _check_depth(value)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CsuloraError(f"{path}: not readable as JSON ({error})") from None
@@ -36,15 +38,27 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 def load_json(data: bytes | bytearray, **options: Any) -> Any:
     """The value of a JSON text in UTF-8; options as in `json.loads`.
 
-    Raises ValueError, also for more values than any file of ours holds, and RecursionError.
+    Raises ValueError, also for numbers that are not finite and for more values than any file of ours
+    holds, and RecursionError.
     """
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES} values")
-    return json.loads(data.decode(), **options)
+    return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite, **options)
 
 
-def finite(literal: str) -> float:
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for more than `DEEPEST` lists and objects within each other."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        nested = [one for one in level if isinstance(one, (dict, list))]
+        level = [x for one in nested for x in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return
+    raise ValueError(f"more than {DEEPEST} levels deep")
+
+
+def _finite(literal: str) -> float:
     """The number of a JSON literal; ValueError for NaN, infinities and what float64 does not reach."""
     value = float(literal)
     if not math.isfinite(value):

@@ -50,6 +50,7 @@ class Pattern:
         self._literals = _Literals()
         self._automata: list[tuple[int, _Automaton]] = []
         self._work = 0
+        self._met: dict[str, str | None] = {}  # by name, the first key that matches; asked often
         if len(values) > MOST_KEYS:
             raise CsuloraError(
                 f"{self._place} has {len(values)} keys; at most {MOST_KEYS} are taken"
@@ -64,6 +65,11 @@ class Pattern:
 
     def key(self, name: str) -> str | None:
         """The first key that matches a module name. Raises CsuloraError where that takes too long."""
+        if name not in self._met:
+            self._met[name] = self._matched(name)
+        return self._met[name]
+
+    def _matched(self, name: str) -> str | None:
         if "\n" in name:  # where a line ends, Python's expressions have rules of their own
             raise CsuloraError(f"{self._place}: no key can be matched with {name!r}")
         found, work = self._literals.first(name)

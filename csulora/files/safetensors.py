@@ -46,9 +46,8 @@ SAFETENSORS_DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 HEADER_LIMIT = 32 << 20  # bytes; of more than 200,000 tensors
-LARGE = (
-    64 << 20
-)  # bytes of tensors; smaller files are read sooner than checked without their content
+# Bytes of tensors; smaller files are read sooner than checked without their content.
+LARGE = 64 << 20
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 # Bits of an element; the types that are not read here may stand in a checkpoint beside those that are.

@@ -106,6 +106,10 @@ BAD_ADAPTERS = {
     "config-not-utf8": (config_text(b'{"r": "\xff"}'), [CONFIG, "JSON"]),
     "config-a-list": (config_text(b"[1]"), [CONFIG, "object"]),
     "config-deeply-nested": (config_text(b"[" * 100_000), [CONFIG, "JSON"]),
+    "config-nested-500-deep": (
+        config_value("[" * 500 + "]" * 500, "auto_mapping"),
+        [CONFIG, "levels deep"],
+    ),
     "config-number-of-5000-digits": (config_value("1" + "0" * 5000), [CONFIG]),
     "config-number-of-400-digits": (config_value("1" + "0" * 400), [CONFIG]),
     "config-nan-elsewhere": (config_value("NaN", "lora_dropout"), [CONFIG, "NaN"]),

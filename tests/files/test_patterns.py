@@ -7,6 +7,7 @@ import builders
 import pytest
 
 from csulora import CsuloraError
+from csulora.files import patterns
 from csulora.files.patterns import Pattern
 
 get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
@@ -192,3 +193,13 @@ def test_a_command_refuses_hostile_keys(key, adapter, subspace, out, capsys):
     assert result.code == 1 and len(result.complaints) == 1, result.err
     assert all(word in result.complaints[0] for word in (builders.CONFIG, "alpha_pattern"))
     assert not (out / "lora").exists()
+
+
+def test_a_name_costs_its_work_once(monkeypatch):
+    pattern = Pattern("adapter_config.json", "rank_pattern", {r".*layers\.1\..*q_proj": 4}, 2)
+    assert pattern("model.layers.1.self_attn.q_proj") == 4
+    monkeypatch.setattr(patterns, "MOST_WORK", 0)
+    scaled = pattern.replaced({r".*layers\.1\..*q_proj": 8}, 4)
+    assert scaled("model.layers.1.self_attn.q_proj") == 8
+    with pytest.raises(CsuloraError, match="too long"):
+        pattern("model.layers.2.self_attn.q_proj")
