@@ -19,9 +19,17 @@ from csulora.files.folders import check_apart, make_folders, recover_folders, wr
 from csulora.files.hub import resolve_source
 from csulora.files.json import read_json
 from csulora.files.locks import locked
+from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.outcome import Outcome
-from csulora.output import REPORT, WEIGHTS, check_replaceable, differences, written_report
+from csulora.output import (
+    PARTS,
+    REPORT,
+    WEIGHTS,
+    check_replaceable,
+    differences,
+    written_report,
+)
 from csulora.pipeline.backend import check_backend, pick_device
 from csulora.pipeline.finish import provenance
 from csulora.pipeline.plan import other_model
@@ -31,13 +39,6 @@ from csulora.subspace import SafetySubspace
 
 Existing = Literal["refuse", "overwrite", "resume", "refresh"]
 EXISTING: tuple[str, ...] = get_args(Existing)
-# What an output can be made with, in words.
-_PARTS = {
-    "made_by": "version of csulora",
-    "settings": "settings",
-    "subspace": "subspace",
-    "source": "source",
-}
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def recognise(
     """
     report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
-    changed = [_PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
+    changed = [PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
     damaged = differences(target, report)
@@ -220,7 +221,11 @@ def recognise(
         raise ChangedError(f"{target}: {damaged[0]}")
     if report.passed_through and not recipe.pass_through:
         raise ChangedError(f"{target}: holds tensors that were passed through uncorrected")
-    other = other_model(read_json(target / CONFIG), report.subspace) if recipe.strict_base else None
+    other = (
+        other_model(read_json(target / CONFIG, CONFIG_LIMIT), report.subspace)
+        if recipe.strict_base
+        else None
+    )
     if other is not None:
         raise ChangedError(f"{target}: {other}")
     return report

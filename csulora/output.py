@@ -24,6 +24,13 @@ from csulora.version import MADE_BY
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "csulora_report.json"
 KEY = "csulora"  # of the mark
+# What report and mark say of how an output was made, in words.
+PARTS = {
+    "made_by": "version of csulora",
+    "settings": "settings",
+    "subspace": "subspace",
+    "source": "source",
+}
 
 
 class Written(NamedTuple):

@@ -13,6 +13,7 @@ from csulora.adapter import DTYPES, LoraAdapter, LoraModule, identify
 from csulora.correction import correct
 from csulora.errors import ChangedError, CsuloraError, ExistsError
 from csulora.output import (
+    PARTS,
     WEIGHTS,
     differences,
     made_of,
@@ -95,14 +96,13 @@ def _digests(values: dict[str, Any]) -> tuple[Any, Any]:
 
 def _contradictions(folder: Path, report: Report) -> list[str]:
     """Where the weights' own mark, or what they hold, is not what the report says."""
-    made = made_of(mark_of(folder / WEIGHTS))
-    if not made:
+    mark = mark_of(folder / WEIGHTS)
+    if not made_of(mark):
         return [f"{WEIGHTS} does not say that csulora corrected it"]
-    stated = {"settings": report.settings, "subspace": report.subspace, "source": report.source}
     return [
-        f"{WEIGHTS} and the report name different {key}"
-        for key, value in stated.items()
-        if made.get(key) != value
+        f"{WEIGHTS} and the report name different {word}"
+        for key, word in PARTS.items()
+        if mark.get(key) != getattr(report, key)
     ]
 
 

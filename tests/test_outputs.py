@@ -335,6 +335,16 @@ def test_settings_that_nobody_writes_are_a_problem_of_that_output(
     assert str(output) in result.complaints[0] and "settings" in result.complaints[0]
 
 
+@pytest.mark.parametrize("key", ["made_by", "settings", "subspace", "source"])
+def test_verify_compares_the_report_with_the_mark(key, batch, tmp_path):
+    output = tmp_path / "out" / "lora"
+    report = json.loads((output / REPORT).read_text())
+    first = next(iter(report[key]))
+    builders.edit_json(output / REPORT, **{key: report[key] | {first: "9"}})
+    (problem,) = csulora.verify(output).problems
+    assert "name different" in problem
+
+
 @pytest.mark.parametrize("form", ["exact", "same"])
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 @pytest.mark.parametrize("portable", [False, True])

@@ -6,6 +6,7 @@ lock. However many adapters there are, only `batch_bytes` of them are in memory 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -94,6 +95,7 @@ class LocalEngine:
                     pass
             except BaseException as error:
                 self._stopped.set()
+                self._budget.lift()  # what this thread held is never given back
                 self._done.put(error)
                 while step():  # now drops what comes, so that the stages before it can end
                     pass
@@ -121,6 +123,7 @@ class LocalEngine:
         self._budget.take(held)
         with self._step() if job.item.local else nullcontext(True) as begins:
             if not begins:
+                self._budget.give(held)
                 return False
             loaded = steps.read(self._run, job)
         if isinstance(loaded, Done):
@@ -210,7 +213,8 @@ class _Budget:
     """Bytes that may be held at once; whoever asks for more than all of it gets it alone."""
 
     def __init__(self, size: int) -> None:
-        self._size, self._held = size, 0
+        self._size: float = size
+        self._held = 0
         self._changed = threading.Condition()
 
     def take(self, size: int) -> None:
@@ -223,6 +227,12 @@ class _Budget:
         """Take without waiting, what is there already."""
         with self._changed:
             self._held += size
+
+    def lift(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._size = math.inf
+            self._changed.notify_all()
 
     def give(self, size: int) -> None:
         with self._changed:

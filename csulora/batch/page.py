@@ -114,7 +114,7 @@ def _scatter(axis: Any, summary: Summary) -> None:
     if outliers:
         names = [f"{i}  {_shortened(name)}" for i, name in enumerate(outliers, start=1)]
         lines = ["      ".join(names[i : i + 3]) for i in range(0, len(names), 3)]
-        axis.figure.supxlabel("\n".join(lines), fontsize=8, color=RED)
+        axis.figure.supxlabel("\n".join(lines), fontsize=8, color=RED, parse_math=False)
 
 
 def _by_adapter(summary: Summary) -> dict[str, tuple[float, float]]:
@@ -126,9 +126,9 @@ def _by_adapter(summary: Summary) -> dict[str, tuple[float, float]]:
 
 
 def _shortened(name: str) -> str:
-    """The end of a long path, which tells adapters apart; `$` would start a formula."""
+    """The end of a long path, which tells adapters apart."""
     short = name if len(name) <= LONGEST_NAME else "..." + name[-LONGEST_NAME:]
-    return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
+    return "".join(c if c.isprintable() else "?" for c in short)
 
 
 def _html(summary: Summary, picture: bytes) -> str:

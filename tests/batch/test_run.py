@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import builders
@@ -202,3 +203,27 @@ def test_ray_absent_or_not_asked_for(three, capsys, monkeypatch, options, word):
     assert (result.code, len(result.complaints)) == (2, 1)
     assert word in result.complaints[0]
     assert not out.exists()
+
+
+def test_an_error_that_ends_a_run_leaves_nobody_waiting(tmp_path, subspace, monkeypatch):
+    """Adapters that were read wait for memory, which the step that failed had."""
+    for i in range(8):
+        builders.write_adapter(tmp_path / "in" / f"n{i}", seed=i)
+
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("csulora.batch.steps.correct_group", broken)
+    loaded = SafetySubspace.load(subspace)
+    before, errors = threading.active_count(), []
+
+    def run():
+        try:
+            correct_many([tmp_path / "in"], loaded, tmp_path / "out", batch_bytes=1)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert errors == ["the device is gone"] and threading.active_count() == before
