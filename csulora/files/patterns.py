@@ -17,6 +17,7 @@ from csulora.errors import CsuloraError
 from csulora.text import one_line
 
 MOST_KEYS = 100_000
+MOST_EXPRESSIONS = 2_000  # of the keys; each costs a quarter of a millisecond to compile
 LONGEST_KEY = 2_000
 MOST_REPEATS = 4  # of a key; names of modules are short, and so are their patterns
 DEEPEST = 4  # groups within groups
@@ -93,6 +94,8 @@ class Pattern:
             for tokens, anchored in _branches(key):
                 if _PLAIN.fullmatch(key) or all(map(_LITERAL.fullmatch, tokens)):
                     self._literals.add(index, tokens, anchored)
+                elif len(self._automata) == MOST_EXPRESSIONS:
+                    raise ValueError(f"the {MOST_EXPRESSIONS + 1}th expression; name the modules")
                 else:
                     self._automata.append((index, _Parser(tokens).automaton(anchored)))
         except (ValueError, re.error, OverflowError) as error:
