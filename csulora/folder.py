@@ -21,7 +21,15 @@ from csulora.files.json import read_json
 from csulora.files.locks import locked
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.outcome import Outcome
-from csulora.output import REPORT, WEIGHTS, check_replaceable, differences, written_report
+from csulora.output import (
+    PARTS,
+    REPORT,
+    WEIGHTS,
+    check_replaceable,
+    contradictions,
+    differences,
+    written_report,
+)
 from csulora.pipeline.backend import check_backend, pick_device
 from csulora.pipeline.finish import provenance
 from csulora.pipeline.plan import other_model
@@ -31,13 +39,6 @@ from csulora.subspace import SafetySubspace
 
 Existing = Literal["refuse", "overwrite", "resume", "refresh"]
 EXISTING: tuple[str, ...] = get_args(Existing)
-# What an output can be made with, in words.
-_PARTS = {
-    "made_by": "version of csulora",
-    "settings": "settings",
-    "subspace": "subspace",
-    "source": "source",
-}
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ def recognise(
     """
     report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
-    changed = [_PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
+    changed = [PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
-    damaged = differences(target, report)
+    damaged = differences(target, report) or contradictions(target, report)
     if damaged:
         raise ChangedError(f"{target}: {damaged[0]}")
     if report.passed_through and not recipe.pass_through:

@@ -24,6 +24,13 @@ from csulora.version import MADE_BY
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "csulora_report.json"
 KEY = "csulora"  # of the mark
+# What an output can be made with, in words.
+PARTS = {
+    "made_by": "version of csulora",
+    "settings": "settings",
+    "subspace": "subspace",
+    "source": "source",
+}
 
 
 class Written(NamedTuple):
@@ -105,6 +112,20 @@ def differences(folder: Path, report: Report) -> list[str]:
         elif _digest(folder / file) != report.output.get(key):
             found.append(f"{file} is not what was written")
     return found
+
+
+def contradictions(folder: Path, report: Report) -> list[str]:
+    """Where the mark in the weights of an output folder does not say what its report says."""
+    mark = mark_of(folder / WEIGHTS)
+    if not made_of(mark):
+        return [f"{WEIGHTS} does not say that csulora corrected it"]
+    stated = {"made_by": report.made_by, "settings": report.settings}
+    stated |= {"subspace": report.subspace, "source": report.source}
+    return [
+        f"{WEIGHTS} and the report name different {PARTS[key]}"
+        for key, value in stated.items()
+        if mark.get(key) != value
+    ]
 
 
 def _digest(file: Path) -> str:
