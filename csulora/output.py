@@ -18,7 +18,7 @@ from csulora.files.folders import check_folder
 from csulora.files.json import finite, load_json, read_json
 from csulora.files.plain import sha256_file
 from csulora.files.safetensors import open_safetensors
-from csulora.report import Report
+from csulora.report import FORMAT, Report
 from csulora.version import MADE_BY
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,8 +82,19 @@ def check_replaceable(folder: Path) -> None:
     """
     check_folder(folder)
     names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    if names and REPORT not in names and not mark_of(folder / WEIGHTS):
+    if names and not mark_of(folder / WEIGHTS) and not _reported(folder, names):
         raise ExistsError(f"{folder}: a folder that csulora did not write; remove it yourself")
+
+
+def _reported(folder: Path, names: set[str]) -> bool:
+    """Whether a report of ours stands beside what is left of an output, and not as a copy elsewhere."""
+    if REPORT not in names or names.isdisjoint((WEIGHTS, peft_config.FILE)):
+        return False
+    try:
+        found = read_json(folder / REPORT)
+    except CsuloraError:
+        return False
+    return found.get("format") == FORMAT
 
 
 def written_report(folder: Path) -> Report:

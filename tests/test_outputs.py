@@ -185,16 +185,21 @@ def test_twice_in_memory_is_said(adapter, loaded):
 def folder_of(kind, path, adapter):
     """What csulora did not write."""
     path.mkdir()
-    if kind == "thesis":
+    if "thesis" in kind:
         (path / "thesis.tex").write_text("mine")
-    else:
-        shutil.copytree(
-            adapter, path, dirs_exist_ok=True
-        )  # an adapter of PEFT's, perhaps the only copy
+    if kind == "thesis with a report":  # a copy, kept as evidence
+        (path / REPORT).write_text('{"format": "csulora_report/1"}')
+    if "adapter" in kind:  # of PEFT's, perhaps the only copy
+        shutil.copytree(adapter, path, dirs_exist_ok=True)
+    if kind == "adapter with a report of others":
+        (path / REPORT).write_text("{}")
     return path
 
 
-@pytest.mark.parametrize("kind", ["thesis", "adapter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["thesis", "adapter", "thesis with a report", "adapter with a report of others"],
+)
 def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, loaded, tmp_path):
     place = folder_of(kind, tmp_path / "lora", adapter)
     before = builders.tree(place)
@@ -208,6 +213,7 @@ def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, l
     for option in ("--overwrite", "--resume"):
         result = run_correct(capsys, *call, option)
         assert result.code == 1 and len(result.complaints) == 1
+        assert option == "--resume" or "--overwrite" not in result.complaints[0]
     assert builders.tree(place) == before
 
 

@@ -98,7 +98,7 @@ def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
     """The outcome with what to do about it in the words of this command."""
     if outcome.kind == "exists" and existing == "refuse":
         return replace(outcome, error=f"{outcome.error}; pass --overwrite or --resume")
-    if outcome.kind in ("exists", "changed"):
+    if outcome.kind in ("exists", "changed") and existing != "overwrite":
         return replace(outcome, error=f"{outcome.error}; pass --overwrite to replace it")
     return outcome
 
