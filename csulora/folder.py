@@ -27,6 +27,7 @@ from csulora.output import (
     REPORT,
     WEIGHTS,
     check_replaceable,
+    contradictions,
     differences,
     written_report,
 )
@@ -216,7 +217,7 @@ def recognise(
     changed = [PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
-    damaged = differences(target, report)
+    damaged = differences(target, report) or contradictions(target, report)
     if damaged:
         raise ChangedError(f"{target}: {damaged[0]}")
     if report.passed_through and not recipe.pass_through:

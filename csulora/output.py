@@ -18,7 +18,7 @@ from csulora.files.folders import check_folder
 from csulora.files.json import parse_json, read_json
 from csulora.files.plain import sha256_file
 from csulora.files.safetensors import open_safetensors
-from csulora.report import Report
+from csulora.report import FORMAT, Report
 from csulora.version import MADE_BY
 
 WEIGHTS = "adapter_model.safetensors"
@@ -83,8 +83,31 @@ def check_replaceable(folder: Path) -> None:
     """
     check_folder(folder)
     names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    if names and REPORT not in names and not mark_of(folder / WEIGHTS):
+    if names and not mark_of(folder / WEIGHTS) and not _reported(folder, names):
         raise ExistsError(f"{folder}: a folder that csulora did not write; remove it yourself")
+
+
+def _reported(folder: Path, names: set[str]) -> bool:
+    """Whether a report of ours stands beside what is left of an output, and not as a copy elsewhere.
+
+    Weights without a mark may be an output that somebody trained on and saved in place: only what cannot
+    be read, and the source's own weights, which others have, are nobody's loss.
+    """
+    if REPORT not in names or names.isdisjoint((WEIGHTS, peft_config.FILE)):
+        return False
+    try:
+        found = read_json(folder / REPORT)
+    except CsuloraError:
+        return False
+    if found.get("format") != FORMAT or WEIGHTS not in names:
+        return found.get("format") == FORMAT
+    try:
+        with open_safetensors(folder / WEIGHTS) as file:
+            digest = file.hash()
+    except CsuloraError:
+        return True
+    source = found.get("source")
+    return isinstance(source, dict) and source.get("sha256") == digest
 
 
 def written_report(folder: Path) -> Report:
@@ -113,6 +136,20 @@ def differences(folder: Path, report: Report) -> list[str]:
         elif _digest(folder / file) != report.output.get(key):
             found.append(f"{file} is not what was written")
     return found
+
+
+def contradictions(folder: Path, report: Report) -> list[str]:
+    """Where the mark in the weights of an output folder does not say what its report says."""
+    mark = mark_of(folder / WEIGHTS)
+    if not made_of(mark):
+        return [f"{WEIGHTS} does not say that csulora corrected it"]
+    stated = {"made_by": report.made_by, "settings": report.settings}
+    stated |= {"subspace": report.subspace, "source": report.source}
+    return [
+        f"{WEIGHTS} and the report name different {PARTS[key]}"
+        for key, value in stated.items()
+        if mark.get(key) != value
+    ]
 
 
 def _digest(file: Path) -> str:

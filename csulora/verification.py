@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from csulora.adapter import DTYPES, LoraAdapter, LoraModule, identify
 from csulora.correction import correct
 from csulora.errors import ChangedError, CsuloraError, ExistsError
-from csulora.output import (
-    PARTS,
-    WEIGHTS,
-    differences,
-    made_of,
-    mark_of,
-    written_report,
-)
+from csulora.output import REPORT, contradictions, differences, written_report
 from csulora.pipeline.backend import check_backend
-from csulora.report import Report
+from csulora.report import ModuleReport, Report, Totals
 from csulora.subspace import SafetySubspace
 
 # Of the update, relative: another device, or another number of threads, rounds otherwise.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _DTYPES = {"keep": None, **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}}
+
+FIGURE_TOLERANCE = 1e-3  # of a report's figures, relative to the whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def verify(
     except (ExistsError, ChangedError) as error:
         return Verification(target, (), (str(error),))
     checked, problems = ["files"], differences(target, report)
-    problems = problems or _contradictions(target, report)
+    problems = problems or contradictions(target, report)
     if source is not None:
         checked.append("source")
         found = identify(source)
@@ -92,18 +90,6 @@ def verify(
 
 def _digests(values: dict[str, Any]) -> tuple[Any, Any]:
     return values.get("sha256"), values.get("config_sha256")
-
-
-def _contradictions(folder: Path, report: Report) -> list[str]:
-    """Where the weights' own mark, or what they hold, is not what the report says."""
-    mark = mark_of(folder / WEIGHTS)
-    if not made_of(mark):
-        return [f"{WEIGHTS} does not say that csulora corrected it"]
-    return [
-        f"{WEIGHTS} and the report name different {word}"
-        for key, word in PARTS.items()
-        if mark.get(key) != getattr(report, key)
-    ]
 
 
 def _recomputed(
@@ -124,7 +110,7 @@ def _recomputed(
         return [f"its settings are none that csulora writes ({misfit})"]
     # The portable form leaves out what the source may hold beside updates, or refuses it.
     adapter = LoraAdapter.load(source, pass_through=bool(report.passed_through) or portable)
-    wanted, _ = correct(
+    wanted, found = correct(
         adapter,
         used,
         correction,
@@ -135,15 +121,56 @@ def _recomputed(
         device=device,
     )
     written = LoraAdapter.load(folder, pass_through=bool(report.passed_through))
-    if written.modules.keys() != wanted.modules.keys():
+    if _shapes(written) != _shapes(wanted):
         return ["its modules are not those of the correction"]
     if written.written_config() != wanted.config:
         return ["its configuration is not that of the correction"]
-    return [
+    problems = [
         f"{name} is {distance:.1e} off the correction (relative Frobenius norm)"
         for name, module in written.modules.items()
         if (distance := _distance(module, wanted.modules[name])) > TOLERANCES[module.B.dtype]
     ]
+    if not _same_tensors(written.passed_through, wanted.passed_through):
+        problems.append("its passed-through tensors are not those of the source")
+    if not _same_statement(report, found):
+        problems.append(f"{REPORT} does not say what the correction does")
+    return problems
+
+
+def _shapes(adapter: LoraAdapter) -> dict[str, tuple[int, int, bool]]:
+    """What is updated, d_out x d_in, and whether as an embedding."""
+    return {n: (m.B.shape[0], m.A.shape[1], m.embedding) for n, m in adapter.modules.items()}
+
+
+def _same_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(
+        X.dtype == wanted[name].dtype and torch.equal(X, wanted[name]) for name, X in found.items()
+    )
+
+
+def _same_statement(found: Report, wanted: Report) -> bool:
+    """Whether two reports name the same tensors and, up to rounding, the same figures."""
+    if (
+        found.passed_through != wanted.passed_through
+        or found.modules.keys() != wanted.modules.keys()
+    ):
+        return False
+    pairs: list[tuple[ModuleReport | Totals, ModuleReport | Totals]]
+    pairs = [(module, wanted.modules[name]) for name, module in found.modules.items()]
+    pairs.append((found.totals, wanted.totals))
+    return all(
+        math.isclose(x, y, rel_tol=FIGURE_TOLERANCE, abs_tol=FIGURE_TOLERANCE * scale)
+        for one, other in pairs
+        for (x, scale), (y, _) in zip(_figures(one), _figures(other), strict=True)
+    )
+
+
+def _figures(entry: ModuleReport | Totals) -> Iterator[tuple[float, float]]:
+    """The figures of a module or of all, each with what is small beside it."""
+    for name, value in vars(entry).items():
+        scale = entry.energy_before if name.startswith("energy") else 1.0
+        for figure in value.values() if isinstance(value, dict) else [value]:
+            yield figure, scale
 
 
 def _distance(found: LoraModule, wanted: LoraModule) -> float:

@@ -44,7 +44,16 @@ def flip_a_bit(file):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def uncorrected(source, output):
+    """The source's own weights, and a report that vouches for them."""
+    shutil.copy(source / WEIGHTS, output / WEIGHTS)
+    report = json.loads((output / REPORT).read_text())
+    report["output"]["sha256"] = builders.digest(output / WEIGHTS)
+    builders.write_json(output / REPORT, report)
+
+
 DAMAGES = {
+    "the uncorrected weights, vouched for": uncorrected,
     "a bit of the weights": lambda source, output: flip_a_bit(output / WEIGHTS),
     "weights emptied": lambda source, output: (output / WEIGHTS).write_bytes(b""),
     "weights cut short": lambda source, output: os.truncate(output / WEIGHTS, 900),
@@ -200,16 +209,21 @@ def test_marks_of_others_cost_no_output_its_own(mark, capsys, adapter, subspace,
 def folder_of(kind, path, adapter):
     """What csulora did not write."""
     path.mkdir()
-    if kind == "thesis":
+    if "thesis" in kind:
         (path / "thesis.tex").write_text("mine")
-    else:
-        shutil.copytree(
-            adapter, path, dirs_exist_ok=True
-        )  # an adapter of PEFT's, perhaps the only copy
+    if kind == "thesis with a report":  # a copy, kept as evidence
+        (path / REPORT).write_text('{"format": "csulora_report/1"}')
+    if "adapter" in kind:  # of PEFT's, perhaps the only copy
+        shutil.copytree(adapter, path, dirs_exist_ok=True)
+    if kind == "adapter with a report of others":
+        (path / REPORT).write_text("{}")
     return path
 
 
-@pytest.mark.parametrize("kind", ["thesis", "adapter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["thesis", "adapter", "thesis with a report", "adapter with a report of others"],
+)
 def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, loaded, tmp_path):
     place = folder_of(kind, tmp_path / "lora", adapter)
     before = builders.tree(place)
@@ -217,7 +231,7 @@ def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, l
     with pytest.raises(ExistsError, match="did not write"):
         new.save(place, overwrite=True)
     for existing in ("overwrite", "refresh", "resume", "refuse"):
-        with pytest.raises(ExistsError):
+        with pytest.raises((ExistsError, ChangedError)):
             csulora.correct_folder(adapter, loaded, place, existing=existing)
     call = (adapter, "--subspace", subspace, "--out-dir", tmp_path)
     for option in ("--overwrite", "--resume"):
@@ -225,6 +239,17 @@ def test_folders_of_others_are_never_replaced(kind, capsys, adapter, subspace, l
         assert result.code == 1 and len(result.complaints) == 1
         assert "--overwrite" not in result.complaints[0]  # which would not help
     assert builders.tree(place) == before
+
+
+def test_what_was_trained_on_in_place_is_never_replaced(capsys, adapter, batch, loaded, tmp_path):
+    output = tmp_path / "out" / "lora"
+    builders.edit_tensors(output / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+    before = builders.tree(output)
+    for existing in ("refresh", "overwrite"):
+        with pytest.raises(ExistsError, match="did not write"):
+            csulora.correct_folder(adapter, loaded, output, existing=existing)
+    assert run_correct(capsys, *batch, "--overwrite").code == 1
+    assert builders.tree(output) == before
 
 
 def test_what_csulora_wrote_is_replaced_even_without_a_report(adapter, loaded, out):
@@ -359,6 +384,60 @@ def test_verify_sees_what_only_the_result_tells(
     assert csulora.verify(output).ok
     (problem,) = csulora.verify(output, source=adapter, subspace=loaded).problems
     assert name in problem
+
+
+def test_verify_sees_figures_that_are_not_those_of_the_result(adapter, loaded, tmp_path):
+    output = tmp_path / "out"
+    csulora.correct_folder(adapter, loaded, output)
+    written = (output / REPORT).read_text()
+    for change in (
+        lambda report: report["totals"].update(relative_change=0.0),
+        lambda report: report.update(modules={}),
+        lambda report: report.update(passed_through=["a"]),
+        lambda report: [module.update(energy_after=0) for module in report["modules"].values()],
+    ):
+        report = json.loads(written)
+        change(report)
+        builders.write_json(output / REPORT, report)
+        (problem,) = csulora.verify(output, source=adapter, subspace=loaded).problems
+        assert REPORT in problem
+    report = json.loads(written)
+    report["made_by"]["version"] = "0.0.0"
+    builders.write_json(output / REPORT, report)
+    (problem,) = csulora.verify(output).problems
+    assert "version" in problem
+
+
+def with_tensors(output, new):
+    """Further or other tensors, and a report that vouches for them."""
+    with safe_open(output / WEIGHTS, framework="pt") as handle:
+        metadata = handle.metadata()
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    builders.save_file(tensors | new(tensors), output / WEIGHTS, metadata)
+    report = json.loads((output / REPORT).read_text())
+    report["output"]["sha256"] = builders.digest(output / WEIGHTS)
+    report["passed_through"] = [name for name in new(tensors) if "lora" not in name]
+    builders.write_json(output / REPORT, report)
+
+
+def test_verify_sees_tensors_that_the_source_does_not_have(adapter, loaded, tmp_path):
+    output = tmp_path / "out"
+    csulora.correct_folder(adapter, loaded, output)
+    with_tensors(output, lambda tensors: {"base_model.model.model.norm.weight": torch.ones(3)})
+    problems = csulora.verify(output, source=adapter, subspace=loaded).problems
+    assert any("passed-through" in problem for problem in problems)
+
+
+def test_verify_of_one_with_other_shapes_goes_on_to_the_next(capsys, batch, tmp_path, subspace):
+    def narrower(tensors):
+        name = next(name for name in tensors if name.endswith("lora_A.weight"))
+        return {name: tensors[name][:, 1:].contiguous()}
+
+    with_tensors(tmp_path / "out" / "lora", narrower)
+    given = ("--source", tmp_path / "in", "--subspace", subspace)
+    result = run(capsys, "verify", tmp_path / "out", *given)
+    assert result.code == 1 and len(result.complaints) == 1, result.err
+    assert "modules" in result.complaints[0] and "1 as written, 1 not" in result.out
 
 
 def test_verify_by_the_oracle(adapter, subspace, loaded, tmp_path):

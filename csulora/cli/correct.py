@@ -22,9 +22,10 @@ from csulora.cli.batch_summary import print_summary
 from csulora.cli.options import correction_from
 from csulora.cli.output import progress, say, stdout
 from csulora.cli.signals import Ended, Interruption, gentle
-from csulora.errors import UsageError
+from csulora.errors import CsuloraError, UsageError
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
+from csulora.output import check_replaceable
 from csulora.pipeline.backend import pick_device
 from csulora.subspace import SafetySubspace
 from csulora.text import listed, one_line
@@ -100,7 +101,9 @@ def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
     if outcome.kind == "exists" and existing == "refuse":
         return replace(outcome, error=f"{outcome.error}; pass --overwrite or --resume")
     if outcome.kind == "changed":
-        return replace(outcome, error=f"{outcome.error}; pass --overwrite to replace it")
+        with contextlib.suppress(CsuloraError, OSError):
+            check_replaceable(outcome.output)
+            return replace(outcome, error=f"{outcome.error}; pass --overwrite to replace it")
     return outcome
 
 

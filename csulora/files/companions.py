@@ -24,7 +24,8 @@ _TRAINING = re.compile(
     r"|zero_to_fp32\.py|latest",
     re.IGNORECASE | re.DOTALL,
 )
-_TRAINING_FOLDER = re.compile(r"global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
+# `checkpoint-N` also where a trainer kept no adapter in it: half of it would be of no use.
+_TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
 
 def copy_companions(source: Path, target: Path, weights: int, apart: Collection[str]) -> list[str]:

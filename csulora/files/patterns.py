@@ -17,6 +17,7 @@ from csulora.errors import CsuloraError
 from csulora.text import one_line
 
 MOST_KEYS = 100_000
+MOST_EXPRESSIONS = 2_000  # of them, more than names; each takes a fraction of a ms to compile
 LONGEST_KEY = 2_000
 MOST_REPEATS = 4  # of a key; names of modules are short, and so are their patterns
 DEEPEST = 4  # groups within groups
@@ -99,6 +100,10 @@ class Pattern:
             for tokens, anchored in _branches(key):
                 if _PLAIN.fullmatch(key) or all(map(_LITERAL.fullmatch, tokens)):
                     self._literals.add(index, tokens, anchored)
+                elif len(self._automata) == MOST_EXPRESSIONS:
+                    raise ValueError(
+                        f"more than {MOST_EXPRESSIONS} keys are expressions; name modules"
+                    )
                 else:
                     self._automata.append((index, _Parser(tokens).automaton(anchored)))
         except (ValueError, re.error, OverflowError) as error:

@@ -380,19 +380,21 @@ def test_hidden_scale_is_seen_through(exponent, adapter, subspace, out, capsys):
 
 
 def test_nested_and_other_weights_are_not_copied(adapter, subspace, out, capsys):
-    (adapter / "checkpoint-1").mkdir()
-    nested = (f"checkpoint-1/{WEIGHTS}", "adapter_model.bin", "adapter_model.pt")
-    for name in nested:
+    (adapter / "old").mkdir()
+    (adapter / "checkpoint-1").mkdir()  # of a trainer that kept no configuration in it
+    nested = (f"old/{WEIGHTS}", "adapter_model.bin", "adapter_model.pt")
+    for name in (*nested, f"checkpoint-1/{WEIGHTS}"):
         (adapter / name).write_bytes((adapter / WEIGHTS).read_bytes())
     (adapter / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    (adapter / "old" / "notes.txt").write_text("")
     (adapter / "latest").symlink_to("checkpoint-1")
     result = run(capsys, "correct", adapter, "--subspace", subspace, "--out-dir", out)
     assert result.code == 0, result.err
     assert sorted(tree(out / "lora")) == sorted(
-        [CONFIG, WEIGHTS, REPORT, "README.md", "checkpoint-1/trainer_state.json"]
+        [CONFIG, WEIGHTS, REPORT, "README.md", "old/notes.txt"]
     )
     left_out = json.loads((out / "lora" / REPORT).read_text())["left_out"]
-    assert left_out == sorted([*nested, "latest"])
+    assert left_out == sorted([*nested, "checkpoint-1", "latest"])
     assert any("not copied" in line and nested[0] in line for line in result.warnings)
 
 

@@ -157,6 +157,7 @@ MANY = {
     "names in full": [f"model.layers.{i}.self_attn.q_proj" for i in range(30_000)],
     "dots anywhere": [f"{i:017b}".replace("0", ".").replace("1", "a") for i in range(50_000)],
     "stars": [f".*{i}.*{i + 1}.*{i + 2}.*" for i in range(2_000)],
+    "one star": [f"k{i}.*x" for i in range(100_000)],
     "wide sets": ["(" + "|".join("[a-z.]" for _ in range(200)) + ")" + str(i) for i in range(500)],
     "more than anybody has": [f"k{i}" for i in range(200_000)],
 }
