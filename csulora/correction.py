@@ -140,9 +140,10 @@ def _check_origin(
     """Raise CsuloraError for an adapter that is not what it should be a correction of."""
     source = adapter.source
     if source is not None and source.corrected and not again:
+        origin = adapter.made.get("source", {}).get("name")
         raise CsuloraError(
-            f"{source.folder}: was corrected by csulora already; correct its source, "
-            f"{adapter.made.get('source', {}).get('name')!r}, or it once more with again=True (--again)"
+            f"{source.folder}: was corrected by csulora already; correct its source"
+            f"{f', {origin!r},' if origin else ''} or it once more with again=True (--again)"
         )
     other = other_model(adapter.config, vars(subspace.origin)) if strict_base else None
     if other is not None:

@@ -107,6 +107,12 @@ def _with_remedy(outcome: Outcome, existing: Existing) -> Outcome:
     return outcome
 
 
+def _out_dir(given: str) -> Path:
+    if not given:  # Path would take it for the current folder
+        raise UsageError("--out-dir is empty; '.' is the current folder")
+    return Path(given)
+
+
 def _call(arguments: argparse.Namespace) -> Call:
     existing: Existing = "refuse"
     if arguments.overwrite or arguments.resume:
@@ -127,7 +133,7 @@ def _call(arguments: argparse.Namespace) -> Call:
         device=arguments.device,
     )
     return Call(
-        out_dir=Path(arguments.out_dir),
+        out_dir=_out_dir(arguments.out_dir),
         recipe=recipe,
         existing=existing,
         jobs=(_cores() if on_cpu else 1) if arguments.jobs is None else arguments.jobs,

@@ -24,6 +24,7 @@ BAD_CALLS = {
     "device-unknown": (["--device", "abacus"], ["device", "abacus"]),
     "device-meta": (["--device", "meta"], ["device", "meta"]),
     "list-missing": (["--adapters-from", "/no/such/list"], ["/no/such/list"]),
+    "out-dir-empty": (["--out-dir", ""], ["--out-dir is empty"]),
     "list-without-end": (["--adapters-from", "/dev/zero"], ["/dev/zero", "more than"]),
 }
 
