@@ -486,6 +486,30 @@ def test_verify_names_what_does_not_belong(change, word, capsys, batch, tmp_path
     assert all(word in line for line in result.complaints)
 
 
+def test_verify_finds_outputs_however_deep(capsys, adapter, loaded, tmp_path):
+    """Deeper than Python's stack, and not what is hidden or linked."""
+    csulora.correct_folder(adapter, loaded, tmp_path / "made")
+    csulora.correct_folder(adapter, loaded, tmp_path / "tree" / "a")
+    (tmp_path / "tree" / ".hidden").mkdir()
+    shutil.copytree(tmp_path / "made", tmp_path / "tree" / ".hidden" / "b")
+    (tmp_path / "tree" / "link").symlink_to(tmp_path / "made")
+    levels = [tmp_path / "tree" / "d"]
+    while len(levels) < 1_100:
+        levels.append(levels[-1] / "d")
+    for level in levels:  # `mkdir(parents=True)` goes no deeper than the stack
+        level.mkdir()
+    deep = levels[-1]
+    os.rename(tmp_path / "made", deep / "c")
+    found = json.loads(run(capsys, "verify", tmp_path / "tree", "--json").out)
+    assert [one["folder"] for one in found["folders"]] == [
+        str(tmp_path / "tree" / "a"),
+        str(deep / "c"),
+    ]
+    os.rename(deep / "c", tmp_path / "made")  # cleaning up goes no deeper either
+    for level in reversed(levels):
+        level.rmdir()
+
+
 @pytest.mark.parametrize("call", [["nowhere"], ["empty"], []])
 def test_verify_of_nothing(call, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

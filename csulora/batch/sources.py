@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +114,9 @@ def _expand(argument: str) -> Iterable[Item]:
     if _MAGIC.search(argument) and not os.path.lexists(argument):
         return _matches(argument)
     if os.path.isdir(argument) and not os.path.lexists(os.path.join(argument, CONFIG)):
-        below = [Item(path, os.path.relpath(path, argument)) for path in _adapters(argument, None)]
+        below = [
+            Item(path, os.path.relpath(path, argument)) for path in folders_with(argument, [CONFIG])
+        ]
         if below:
             return below
     name = Path(os.path.abspath(argument)).name
@@ -128,7 +130,7 @@ def _matches(pattern: str) -> list[Item]:
     deepest = None if "**" in parts else len(parts) - fixed
     items = [
         Item(path if fixed else relative, relative)
-        for path in (_adapters(base, deepest) if os.path.isdir(base) else ())
+        for path in (folders_with(base, [CONFIG], deepest) if os.path.isdir(base) else ())
         if _fits((relative := os.path.relpath(path, base)).split(os.sep), parts[fixed:])
     ]
     if not items:
@@ -157,16 +159,17 @@ def _with_skips(reached: set[int], pattern: Sequence[str]) -> set[int]:
     return reached
 
 
-def _adapters(base: str, depth: int | None) -> Iterator[str]:
-    """Folders below `base` that hold an adapter configuration, sorted, at most `depth` levels down.
+def folders_with(base: str, files: Collection[str], depth: int | None = None) -> Iterator[str]:
+    """Folders below `base` that hold any of these files, sorted, at most `depth` levels down.
 
-    Without a depth the walk does not go on below an adapter. Raises UsageError for a folder that
-    cannot be listed: what it holds would be passed over in silence.
+    Without a depth the walk does not go on below such a folder. Links to folders are not followed,
+    hidden folders not entered. Raises UsageError for a folder that cannot be listed: what it holds would
+    be passed over in silence.
     """
     left = [(path, 1) for path in reversed(_folders(base))]
     while left:  # no recursion: folders may be deeper than Python's stack
         path, level = left.pop()
-        found = os.path.lexists(os.path.join(path, CONFIG))
+        found = any(os.path.lexists(os.path.join(path, file)) for file in files)
         if found:
             yield path
         if level < depth if depth is not None else not found:

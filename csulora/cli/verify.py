@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from csulora.batch.sources import folders_with
 from csulora.cli.output import progress, stdout
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.peft_config import FILE as CONFIG
@@ -17,6 +18,7 @@ from csulora.text import one_line
 from csulora.verification import Verification, verify
 
 FORMAT = "csulora_verify/1"
+FILES = (WEIGHTS, CONFIG, REPORT)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,27 +78,12 @@ def _outputs(argument: str) -> Iterator[tuple[Path, str]]:
     """
     if not os.path.isdir(argument):
         raise UsageError(f"{argument}: no such folder")
-    if _is_output(os.listdir(argument)):
+    if any(os.path.lexists(os.path.join(argument, file)) for file in FILES):
         yield Path(argument), os.path.basename(os.path.abspath(argument))
         return
     some = False
-    for folder, folders, _ in os.walk(argument, onerror=_unlistable):
-        folders.sort()
-        for name in list(folders):
-            path = os.path.join(folder, name)
-            if name.startswith(".") or os.path.islink(path):
-                folders.remove(name)
-            elif _is_output(os.listdir(path)):
-                folders.remove(name)  # what lies in an output belongs to it
-                some = True
-                yield Path(path), os.path.relpath(path, argument)
+    for path in folders_with(argument, FILES):
+        some = True
+        yield Path(path), os.path.relpath(path, argument)
     if not some:
         raise UsageError(f"{argument}: holds no outputs")
-
-
-def _is_output(names: list[str]) -> bool:
-    return bool({WEIGHTS, CONFIG, REPORT} & set(names))
-
-
-def _unlistable(error: OSError) -> None:
-    raise UsageError(f"{error.filename}: cannot be listed ({error.strerror})")
