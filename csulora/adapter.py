@@ -21,12 +21,7 @@ from csulora.files.hub import resolve_source
 from csulora.files.json import json_bytes, json_rows
 from csulora.files.peft_ranks import Rules, scaling
 from csulora.files.peft_tensors import PREFIX, Factors, factor_name, factor_word, sort_out
-from csulora.files.plain import (
-    mode_of,
-    read_bytes,
-    sha256_file,
-    write_bytes,
-)
+from csulora.files.plain import mode_of, read_bytes, sha256_file, write_bytes
 from csulora.files.safetensors import (
     SAFETENSORS_DTYPES,
     check_finite,

@@ -82,31 +82,34 @@ def check_replaceable(folder: Path) -> None:
     A wrong path must not cost anybody a folder that csulora did not write.
     """
     check_folder(folder)
-    names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
     if names and not mark_of(folder / WEIGHTS) and not _reported(folder, names):
         raise ExistsError(f"{folder}: a folder that csulora did not write; remove it yourself")
 
 
 def _reported(folder: Path, names: set[str]) -> bool:
-    """Whether a report of ours stands beside what is left of an output, and not as a copy elsewhere.
-
-    Weights without a mark may be an output that somebody trained on and saved in place: only what cannot
-    be read, and the source's own weights, which others have, are nobody's loss.
-    """
+    """Whether a report of ours stands beside what is left of an output, and not as a copy elsewhere."""
     if REPORT not in names or names.isdisjoint((WEIGHTS, peft_config.FILE)):
         return False
     try:
         found = read_json(folder / REPORT)
     except CsuloraError:
         return False
-    if found.get("format") != FORMAT or WEIGHTS not in names:
-        return found.get("format") == FORMAT
+    if found.get("format") != FORMAT:
+        return False
+    return WEIGHTS not in names or _is_no_loss(folder / WEIGHTS, found.get("source"))
+
+
+def _is_no_loss(weights: Path, source: object) -> bool:
+    """Whether weights without a mark cannot be read, or are those of the source, which lie there too.
+
+    All others may be an output that somebody trained on and saved in place.
+    """
     try:
-        with open_safetensors(folder / WEIGHTS) as file:
+        with open_safetensors(weights) as file:
             digest = file.hash()
     except CsuloraError:
         return True
-    source = found.get("source")
     return isinstance(source, dict) and source.get("sha256") == digest
 
 

@@ -52,11 +52,7 @@ def check_page(path: Path) -> None:
 def write_page(summary: Summary, path: Path) -> None:
     """Write the page, whole or not at all. Raises CsuloraError if it cannot be written."""
     picture = _picture(summary)
-    data = (
-        picture
-        if path.suffix == ".png"
-        else _html(summary, picture).encode(errors="backslashreplace")
-    )
+    data = picture if path.suffix == ".png" else _html(summary, picture).encode()
     try:
         with whole_file(path) as temporary:
             write_bytes(temporary, data)
