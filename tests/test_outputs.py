@@ -500,14 +500,15 @@ def test_verify_finds_outputs_however_deep(capsys, adapter, loaded, tmp_path):
         level.mkdir()
     deep = levels[-1]
     os.rename(tmp_path / "made", deep / "c")
-    found = json.loads(run(capsys, "verify", tmp_path / "tree", "--json").out)
+    result = run(capsys, "verify", tmp_path / "tree", "--json")
+    os.rename(deep / "c", tmp_path / "made")  # cleaning up goes no deeper either
+    for level in reversed(levels):
+        level.rmdir()
+    found = json.loads(result.out)
     assert [one["folder"] for one in found["folders"]] == [
         str(tmp_path / "tree" / "a"),
         str(deep / "c"),
     ]
-    os.rename(deep / "c", tmp_path / "made")  # cleaning up goes no deeper either
-    for level in reversed(levels):
-        level.rmdir()
 
 
 @pytest.mark.parametrize("call", [["nowhere"], ["empty"], []])

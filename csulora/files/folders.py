@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The file has the permission bits of the one that it replaces.
     """
-    make_folders(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     mode = mode_of(path)
     try:  # from here on, as a signal may come between any two steps
