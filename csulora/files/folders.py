@@ -18,7 +18,8 @@ from csulora.files.plain import mode_of
 
 # What is in the temporary folder of an output: its lock, the output to be, the one that it replaces.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
-_WORKED_IN: list[Path] = []  # folders that `make_folders` does not make
+# Folders in which a run is at work: they are not made anew, and nothing below them is written to links.
+_WORKED_IN: list[Path] = []
 # What a killed run leaves beside a folder: its temporary folder, its lock.
 _LEFT_BEHIND = re.compile(r"\.(.+)\.csulora-([a-z0-9_]{8}|lock)", re.DOTALL)
 
@@ -63,6 +64,9 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         check_folder(path)
         if path.exists() and not overwrite:
             raise ExistsError(f"{path}: already exists")
+        for root in tuple(_WORKED_IN):  # a link may have come before the parent was looked at
+            if path.is_relative_to(root):
+                check_no_links(root, path.parent)
         if not os.path.samestat(parent, os.stat(path.parent)):
             raise CsuloraError(f"{path.parent}: became another folder while this wrote to it")
         _put_in_place(temporary, path)

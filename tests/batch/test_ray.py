@@ -123,11 +123,17 @@ def test_a_stopped_worker_is_given_up(many, address, tmp_path, monkeypatch):
     source, subspace, expected = many
     stopped = []
 
-    def stop(outcome, done, total):
-        if not stopped:
-            stopped.extend(workers()[:1])
+    hand_out = ray_engine.RayEngine._hand_out
+
+    def stop(engine):
+        """The first worker that gets work is stopped over it."""
+        hand_out(engine)
+        if not stopped and engine._in_hand:
+            worker, _ = next(iter(engine._in_hand.values()))
+            stopped.append(engine._processes[worker][1])
             os.kill(stopped[0], signal.SIGSTOP)
 
+    monkeypatch.setattr(ray_engine.RayEngine, "_hand_out", stop)
     for name, value in {"LARGEST_SHARD": 3, "SILENCE": 1, "PATIENCE": 1, "LOOK": 0.2}.items():
         monkeypatch.setattr(ray_engine, name, value)
     ended, kill = [], ray_engine.RayEngine._kill
@@ -136,9 +142,7 @@ def test_a_stopped_worker_is_given_up(many, address, tmp_path, monkeypatch):
     )
     before = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "out"
-    outcomes = correct_many(
-        [source], subspace, out, engine="ray", ray_address=address, jobs=2, on_done=stop
-    )
+    outcomes = correct_many([source], subspace, out, engine="ray", ray_address=address, jobs=2)
     assert stopped and len(ended) == 1
     assert {outcome.status for outcome in outcomes} == {"corrected"}, outcomes
     assert builders.tree(out) == expected

@@ -307,13 +307,13 @@ def test_a_stop_does_not_wait_for_a_hub(tmp_path, subspace, monkeypatch):
 # --- folders that become links --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before", "waiting"])
+@pytest.mark.parametrize("when", ["before", "waiting", "late"])
 def test_a_folder_that_becomes_a_link_during_a_run(capsys, batch, tmp_path, monkeypatch, when):
     """Folders that adapters share are looked at again before each output."""
     source, common, out = batch
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    write, locked = steps.write, steps.locked
+    write, locked, place = steps.write, steps.locked, steps.write_folder
 
     def swap():
         if not (out / "t").is_symlink():
@@ -331,8 +331,14 @@ def test_a_folder_that_becomes_a_link_during_a_run(capsys, batch, tmp_path, monk
             swap()
         return locked(target)
 
+    def placing(adapter, target, **options):
+        if when == "late" and target.name == "b":
+            swap()
+        return place(adapter, target, **options)
+
     monkeypatch.setattr(steps, "write", writing)
     monkeypatch.setattr(steps, "locked", locking)
+    monkeypatch.setattr(steps, "write_folder", placing)
     result = run_correct(capsys, source, *common)
     assert result.code == 1 and result.complaints, result.err
     assert all("link" in line or "t/a" in line for line in result.complaints)
