@@ -8,7 +8,7 @@ from csulora.estimation import estimate
 from csulora.folder import correct_folder
 from csulora.outcome import Outcome
 from csulora.report import ModuleReport, Report, Totals
-from csulora.settings import Correction
+from csulora.settings import Correction, Realignment
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 from csulora.verification import Verification, verify
 from csulora.version import VERSION
@@ -27,6 +27,7 @@ __all__ = [
     "ModuleSubspace",
     "Origin",
     "Outcome",
+    "Realignment",
     "Report",
     "SafetySubspace",
     "Source",

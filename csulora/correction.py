@@ -15,14 +15,14 @@ from csulora.pipeline.finish import report as report_of
 from csulora.pipeline.plan import Plan, other_model
 from csulora.pipeline.solved import Solved
 from csulora.report import Report
-from csulora.settings import Correction
+from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
 
 
 def correct(
     adapter: LoraAdapter,
     subspace: SafetySubspace,
-    correction: Correction | None = None,
+    correction: Method | None = None,
     *,
     dtype: torch.dtype | None = None,
     portable: bool = False,
@@ -34,7 +34,7 @@ def correct(
     """The corrected adapter and what was done to it; the input is not changed.
 
     Args:
-        correction: strengths and choices, `Correction()` if not given.
+        correction: a `Correction` (CSULoRA) or a `Realignment`, `Correction()` if not given.
         dtype: of the new factors (float32, bfloat16, float16); None keeps each factor's own.
             Computation is in float32, the r x r systems in float64.
         portable: return the form that PEFT, vLLM, SGLang and LoRAX read alike.
@@ -65,7 +65,7 @@ def correct(
 def correct_batch(
     adapters: Sequence[LoraAdapter],
     subspace: SafetySubspace,
-    correction: Correction | None = None,
+    correction: Method | None = None,
     *,
     dtype: torch.dtype | None = None,
     portable: bool = False,
@@ -101,7 +101,7 @@ def correct_batch(
 def decompose(
     adapter: LoraAdapter,
     subspace: SafetySubspace,
-    correction: Correction | None = None,
+    correction: Method | None = None,
     *,
     device: str = "auto",
 ) -> Report:
@@ -117,7 +117,7 @@ def decompose(
 def sweep(
     adapter: LoraAdapter,
     subspace: SafetySubspace,
-    corrections: Sequence[Correction],
+    corrections: Sequence[Method],
     *,
     device: str = "auto",
 ) -> list[Report]:

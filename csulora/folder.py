@@ -35,7 +35,7 @@ from csulora.pipeline.backend import check_backend, pick_device
 from csulora.pipeline.finish import provenance
 from csulora.pipeline.plan import other_model
 from csulora.report import Report
-from csulora.settings import Correction
+from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
 
 Existing = Literal["refuse", "overwrite", "resume", "refresh"]
@@ -49,7 +49,7 @@ class Recipe:
     Raises UsageError for options that cannot be met.
     """
 
-    correction: Correction = field(default_factory=Correction)
+    correction: Method = field(default_factory=Correction)
     dtype: torch.dtype | None = None
     portable: bool = False
     pass_through: bool = False
@@ -59,8 +59,10 @@ class Recipe:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.correction, Correction):
-            raise UsageError(f"correction must be a Correction, not {self.correction!r}")
+        if not isinstance(self.correction, Method):
+            raise UsageError(
+                f"correction must be a Correction or a Realignment, not {self.correction!r}"
+            )
         check_dtype(self.dtype)
         check_backend(self.backend, self.device)
 
@@ -99,7 +101,7 @@ def correct_folder(
     source: str | os.PathLike[str],
     subspace: SafetySubspace,
     target: str | os.PathLike[str],
-    correction: Correction | None = None,
+    correction: Method | None = None,
     *,
     existing: Existing = "refresh",
     dtype: torch.dtype | None = None,

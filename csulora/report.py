@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from csulora.errors import CsuloraError
 from csulora.method.stages import Figures
-from csulora.settings import Correction
+from csulora.settings import Method, method_from_dict
 
 FORMAT = "csulora_report/1"
 _DICTS = ("made_by", "settings", "subspace", "source", "output")
@@ -52,7 +52,8 @@ class ModuleReport(_Energies):
 
     energy_before, energy_after: ||dW||_F^2 and ||dW*||_F^2, scaling included (weight units squared).
     relative_change: ||dW* - dW||_F / ||dW||_F.
-    rank_error: ||dW*_same - dW*_exact||_F / ||dW*_exact||_F, 0 for form `exact`.
+    rank_error: ||dW*_same - dW*_exact||_F / ||dW*_exact||_F, 0 for form `exact`. For realignment this is
+        the part of its target that no combination of the columns of B reaches.
     """
 
     rank_in: int
@@ -127,10 +128,10 @@ class Report:
             raise CsuloraError(f"not a report of this version: {error}") from None
 
     @property
-    def correction(self) -> Correction:
+    def correction(self) -> Method:
         """The strengths and choices it was made with; raises UsageError where it states others."""
         stated = {k: v for k, v in self.settings.items() if k not in ("dtype", "portable")}
-        return Correction.from_dict(stated)
+        return method_from_dict(stated)
 
 
 def _is_figure(value: object, name: str) -> bool:

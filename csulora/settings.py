@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 from csulora.errors import UsageError
 from csulora_kernels import FORMS, GRANULARITIES, Form, Granularity
 
+_LAMBDAS = ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off")
+
 
 class _Settings:
     """What the settings of all methods have in common: plain values and back."""
@@ -66,7 +68,7 @@ class Correction(_Settings):
     form: Form = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off"):
+        for name in _LAMBDAS:
             object.__setattr__(self, name, _strength(name, getattr(self, name)))
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("form", self.form, FORMS)
@@ -80,6 +82,10 @@ class Correction(_Settings):
     def is_identity(self) -> bool:
         """All strengths are 0: the correction returns the adapter itself."""
         return not any(self.strengths)
+
+    def __str__(self) -> str:
+        strengths = (f"{name[7:]} {getattr(self, name):g}" for name in _LAMBDAS)
+        return f"csulora at strengths {', '.join(strengths)}, granularity {self.granularity}"
 
     def with_strength(self, strength: float) -> Correction:
         """The same choices with one strength for both partial blocks and the off block."""
@@ -135,6 +141,11 @@ class Realignment(_Settings):
     def is_identity(self) -> bool:
         """The strength is 0: the method returns the adapter itself."""
         return self.strength == 0
+
+    def __str__(self) -> str:
+        edge = "" if self.edge else ", edge off"
+        opposed = ", opposed only" * self.opposed
+        return f"realign at strength {self.strength:g}, target {self.gamma:g}{edge}{opposed}"
 
     def with_strength(self, strength: float) -> Realignment:
         """The same choices with another strength."""

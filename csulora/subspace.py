@@ -18,6 +18,7 @@ from csulora.errors import CsuloraError, UsageError
 from csulora.files.folders import whole_file
 from csulora.files.json import load_json
 from csulora.files.safetensors import open_safetensors, safetensors_chunks, write_safetensors
+from csulora.method.realign import Spectrum, noise_edge
 from csulora.text import span
 
 if TYPE_CHECKING:
@@ -49,6 +50,16 @@ class ModuleSubspace:
     def rank(self) -> int:
         """k, the number of directions."""
         return self.S.shape[0]
+
+    @cached_property
+    def noise_edge(self) -> float:
+        """The singular value up to which random noise of the size of D's remainder would reach."""
+        return noise_edge(self.S, self.energy_share, self.U.shape[0], self.V.shape[0])
+
+    def spectrum(self, scaling: float) -> Spectrum:
+        """What realignment has to know of D, for an update of that scaling."""
+        edge, s = (torch.tensor(x, dtype=torch.float64) for x in (self.noise_edge, scaling))
+        return Spectrum(self.S.double(), edge, s)
 
     def leading(self, rank: int) -> ModuleSubspace:
         """The prefix of at most `rank` directions."""

@@ -84,6 +84,7 @@ def test_public_names():
         "ModuleSubspace",
         "Origin",
         "Outcome",
+        "Realignment",
         "Report",
         "SafetySubspace",
         "Source",
@@ -123,6 +124,8 @@ def test_every_option_of_the_contract_parses(tmp_path):
         " --pass-through --backend torch --device cpu --adapters-from - --jobs 2 --overwrite --json",
         "correct A --subspace s --out-dir o --lambda-left 1 --lambda-right 2 --resume",
         "correct A --subspace s --out-dir o --rank same",
+        "correct A --subspace s --out-dir o --method realign --strength 2 --target 0.5 --edge off"
+        " --opposed",
         "correct in/** --subspace s --out-dir o --batch-bytes 2G --probe --page p.html --engine ray"
         " --ray-address auto",
         "inspect A --subspace s --json --plot f.png",

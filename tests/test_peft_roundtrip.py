@@ -11,6 +11,7 @@ from csulora import (
     Correction,
     CsuloraError,
     LoraAdapter,
+    Realignment,
     SafetySubspace,
     correct,
     decompose,
@@ -26,6 +27,9 @@ SETTINGS = [
     Correction(0, 5, 50, 500, granularity="component"),
     Correction(30, 0, 30, 0),
     Correction(form="same"),
+    # D of these models is noise, so that its edge would leave nothing to do.
+    Realignment(edge=False),
+    Realignment(5, edge=False, form="exact", opposed=True),
 ]
 
 
@@ -101,6 +105,15 @@ def merged_updates(world, folder):
     return {name: (after[name] - before[name]).detach().double() for name in before}
 
 
+def truth_of(folder, name, module, dW, U, V, correction):
+    """The corrected update by the dense oracle; `same` of CSULoRA keeps a block of it."""
+    if isinstance(correction, Correction):
+        return oracle.correct(dW, U, V, correction.strengths, correction.granularity)
+    B = LoraAdapter.load(folder).modules[name].B if correction.form == "same" else None
+    options = {"strength": correction.strength, "gamma": correction.gamma}
+    return oracle.realign(dW, U, module.S, V, opposed=correction.opposed, B=B, **options)
+
+
 def check(world, folder, corrected_folder, correction, tolerance, subspace):
     raw, found = merged_updates(world, folder), merged_updates(world, corrected_folder)
     checked = 0
@@ -111,8 +124,8 @@ def check(world, folder, corrected_folder, correction, tolerance, subspace):
         U, V = (module.V, module.U) if embedding else (module.U, module.V)
         turned = module.fan_in_fan_out or embedding
         dW, result = (X[key].mT if turned else X[key] for X in (raw, found))
-        wanted = oracle.correct(dW, U, V, correction.strengths, correction.granularity)
-        if correction.form == "same":
+        wanted = truth_of(folder, name, module, dW, U, V, correction)
+        if correction.form == "same" and isinstance(correction, Correction):
             kept, truth = (oracle.blocks(X, U, V)[0] for X in (result, wanted))
             assert float((kept - truth).norm()) <= tolerance * float(dW.norm())
         else:
@@ -284,7 +297,8 @@ def test_merged_embeddings_are_base_plus_oracle(
     check(world, folder, tmp_path / "new", correction, MERGE, with_embedding)
     module = report.modules[EMBEDDINGS[world[0]]]
     assert module.rank_in == own.get("embed_tokens|wte", 3)
-    assert module.rank_out == module.rank_in * (2 if correction.form == "exact" else 1)
+    grown = module.rank_in if isinstance(correction, Correction) else module.subspace_rank
+    assert module.rank_out == module.rank_in + (grown if correction.form == "exact" else 0)
     before, after = (load_file(X / builders.WEIGHTS) for X in (folder, tmp_path / "new"))
     assert before.keys() == after.keys() and any("lora_embedding_A" in name for name in after)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import csulora
-from csulora import Correction, CsuloraError, LoraAdapter, Report, UsageError
-from csulora.settings import FORMS, GRANULARITIES
+from csulora import Correction, CsuloraError, LoraAdapter, Realignment, Report, UsageError
+from csulora.settings import FORMS, GRANULARITIES, method_from_dict
 
 strengths = st.one_of(st.floats(0, 1e300), st.just(math.inf), st.integers(0, 10**6))
 
@@ -29,6 +29,36 @@ def through_json(value):
 def test_a_correction_survives_json(four, granularity, form):
     correction = Correction(*four, granularity=granularity, form=form)
     assert Correction.from_dict(through_json(correction.to_dict())) == correction
+
+
+@given(strengths, st.none() | st.floats(0, 1e300), *[st.booleans()] * 2, st.sampled_from(FORMS))
+def test_a_realignment_survives_json(strength, target, edge, opposed, form):
+    realignment = Realignment(strength, target, edge, opposed, form)
+    values = through_json(realignment.to_dict())
+    assert values["method"] == "realign"
+    assert method_from_dict(values) == Realignment.from_dict(values) == realignment
+
+
+def test_settings_of_either_method():
+    assert method_from_dict({}) == Correction()
+    assert method_from_dict({"method": "realign"}) == Realignment()
+    assert Realignment().gamma == 1 and Realignment(form="exact").gamma == 0.5
+    assert Realignment(target=0).gamma == 0
+    for wrong, word in (
+        ({"method": "realigned"}, "method must be one of csulora, realign"),
+        ({"method": []}, "method must be one of"),
+        ({"method": "realign", "lambda_off": 1}, "'lambda_off' is no setting"),
+        ({"method": "realign", "strength": True}, "strength must be a number"),
+        ({"method": "realign", "target": math.inf}, "target must be finite"),
+        ({"method": "realign", "edge": "auto"}, "edge must be True or False"),
+        ({"method": "realign", "opposed": None}, "opposed must be True or False"),
+        ({"method": "realign", "form": "r"}, "form must be one of"),
+        (None, "must be a mapping"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            method_from_dict(wrong)
+    with pytest.raises(UsageError, match="not those of csulora"):
+        Correction.from_dict(Realignment().to_dict())
 
 
 def test_settings_from_elsewhere():

@@ -24,7 +24,7 @@ from csulora.errors import UsageError
 from csulora.files.folders import not_made_anew
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
-from csulora.settings import Correction
+from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
 
 EngineName = Literal["local", "ray"]
@@ -47,7 +47,7 @@ def correct_many(
     adapters: Iterable[str | os.PathLike[str]],
     subspace: SafetySubspace,
     out_dir: str | os.PathLike[str],
-    correction: Correction | None = None,
+    correction: Method | None = None,
     *,
     dtype: torch.dtype | None = None,
     portable: bool = False,

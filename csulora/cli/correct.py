@@ -19,7 +19,7 @@ from csulora.batch import Call, find, pick_engine, stream
 from csulora.batch.sources import check_targets
 from csulora.batch.summary import Summary, probe
 from csulora.cli.batch_summary import print_summary
-from csulora.cli.options import correction_from
+from csulora.cli.method_options import correction_from
 from csulora.cli.output import progress, say, stdout
 from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import CsuloraError, UsageError

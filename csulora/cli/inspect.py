@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from csulora.adapter import LoraAdapter
-from csulora.cli.options import correction_from
+from csulora.cli.method_options import correction_from
 from csulora.cli.output import stdout
 from csulora.correction import sweep
 from csulora.errors import CsuloraError
 from csulora.files.names import natural
 from csulora.report import BLOCKS, ModuleReport, Report, Totals
-from csulora.settings import Correction
+from csulora.settings import Method
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_report(
-    console: Console, report: Report, correction: Correction, effects: list[tuple[float, Report]]
+    console: Console, report: Report, correction: Method, effects: list[tuple[float, Report]]
 ) -> None:
     """Two tables: where each module's update lies, and what one strength would leave of it."""
     table = Table(title="Share of the update's energy in each block, in percent")
@@ -80,12 +80,11 @@ def print_report(
     table.add_row("all modules", "", "", *_shares(report.totals))
     console.print(table)
     console.print(
-        f"change: ||dW* - dW|| / ||dW|| at strengths aligned {correction.lambda_aligned:g}, "
-        f"left {correction.lambda_left:g}, right {correction.lambda_right:g}, "
-        f"off {correction.lambda_off:g}, granularity {correction.granularity}\n",
+        f"change: ||dW* - dW|| / ||dW||, {correction}\n",
         soft_wrap=True,
     )
-    table = Table(title="What is left at one strength for the partial and off blocks, in percent")
+    which = "of realignment" * (correction.method == "realign") or "for the partial and off blocks"
+    table = Table(title=f"What is left at one strength {which}, in percent")
     table.add_column("strength", justify="right")
     for heading in (*HEADINGS, "all energy", "change"):
         table.add_column(heading, justify="right")

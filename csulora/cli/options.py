@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from csulora.batch import ENGINES
-from csulora.errors import UsageError
+from csulora.cli.method_options import add_method
 from csulora.pipeline.backend import BACKENDS
-from csulora.settings import FORMS, GRANULARITIES, Correction
+from csulora.settings import FORMS
 
 Commands = Any  # argparse's own types for parsers and groups of options are private
 Group = Any
@@ -78,7 +78,7 @@ def add_correct(commands: Commands) -> None:
     )
     _add_subspace(parser)
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where to write")
-    _add_strengths(parser)
+    add_method(parser)
     _add_form(parser.add_argument_group("form of the result"))
     _add_refusals(parser.add_argument_group("what is refused"))
     _add_batch(parser.add_argument_group("many adapters"))
@@ -105,7 +105,7 @@ def add_inspect(commands: Commands) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or hub id")
     _add_subspace(parser)
-    _add_strengths(parser)
+    add_method(parser)
     group = parser.add_argument_group("where it runs")
     _add_device(group)
     group = parser.add_argument_group("what is shown")
@@ -162,27 +162,6 @@ def add_demo(commands: Commands) -> None:
     )
 
 
-def correction_from(arguments: argparse.Namespace) -> Correction:
-    """The Correction that the strength options describe; raises UsageError if they contradict."""
-    partial, left, right = (
-        arguments.lambda_partial,
-        arguments.lambda_left,
-        arguments.lambda_right,
-    )
-    if partial is not None and (left is not None or right is not None):
-        raise UsageError("--lambda-partial stands for both --lambda-left and --lambda-right")
-    default = Correction()
-    both = default.lambda_left if partial is None else partial
-    return Correction(
-        lambda_aligned=arguments.lambda_aligned,
-        lambda_left=both if left is None else left,
-        lambda_right=both if right is None else right,
-        lambda_off=arguments.lambda_off,
-        granularity=arguments.granularity,
-        form=getattr(arguments, "form", default.form),
-    )
-
-
 def _command(commands: Commands, name: str, *, examples: str, **texts: str) -> Any:
     """A parser whose arguments go to `run` of the command's own module."""
     parser = commands.add_parser(
@@ -202,47 +181,12 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-def _add_strengths(parser: Any) -> None:
-    default = Correction()
-    group = parser.add_argument_group(
-        "strengths",
-        "numbers from 0 (keep) to inf (remove); relative energy e gives 1 / (1 + lambda e)",
-    )
-    for name, meaning in (
-        ("partial", "both partially aligned blocks (default: 10)"),
-        ("left", "the block inside on the left, outside on the right (default: 10)"),
-        ("right", "the block outside on the left, inside on the right (default: 10)"),
-    ):
-        group.add_argument(f"--lambda-{name}", type=float, metavar="X", help=meaning)
-    group.add_argument(
-        "--lambda-off",
-        type=float,
-        default=default.lambda_off,
-        metavar="X",
-        help="the off-subspace block (default: 10)",
-    )
-    group.add_argument(
-        "--lambda-aligned",
-        type=float,
-        default=default.lambda_aligned,
-        metavar="X",
-        help="the fully aligned block (default: 0)",
-    )
-    group.add_argument(
-        "--granularity",
-        choices=GRANULARITIES,
-        default=default.granularity,
-        help="attenuate each direction of a block (default) or the block as a whole",
-    )
-
-
 def _add_form(group: Group) -> None:
-    default = Correction().form
     group.add_argument(
         "--form",
         choices=FORMS,
-        default=default,
-        help="exact: rank 2r, nothing lost (default); same: a rank-r fit",
+        help="exact: nothing lost, rank 2r (default of csulora) or r + k; same: rank r, for csulora a "
+        "fit, for realign with B as it is (its default)",
     )
     # The option's former name.
     group.add_argument(

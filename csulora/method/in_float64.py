@@ -7,7 +7,8 @@ vanish in float32. `csulora.method.precision` tells which modules those are; the
 here.
 
 The result is the same update in a balanced form: columns of B' and rows of A' orthogonal, with equal
-norms, the form that loses least when it is stored.
+norms, the form that loses least when it is stored. Realignment leaves B as it is where that loses
+little enough.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from csulora.method.stages import Cores, Figures, Grams, even_gauge, solve_grams
+from csulora.method.rank_fit import dot
+from csulora.method.realign import Spectrum, share, target_of
+from csulora.method.stages import (
+    Cores,
+    Figures,
+    Grams,
+    Projection,
+    even_gauge,
+    project,
+    solve_grams,
+)
 
 if TYPE_CHECKING:
-    from csulora.settings import Correction
+    from csulora.settings import Correction, Realignment
 
 # Singular values below this share of the largest are what float64 leaves of zero.
 NOISE = 1e-12
@@ -64,14 +75,120 @@ def solve(parts: Parts, correction: Correction) -> tuple[Cores, Figures]:
     return solve_grams(grams, correction)
 
 
-def recompose(parts: Parts, cores: Cores, rank: int) -> tuple[Tensor, Tensor]:
-    """B' (d_out, rank) and A' (rank, d_in) in float64: B' = X S^(1/2), A' = S^(1/2) Y^T, then zeros."""
-    X, S, Yt = _triplets(*_factors(parts, cores))
+class Attenuated(NamedTuple):
+    """A module corrected by CSULoRA."""
+
+    parts: Parts
+    cores: Cores
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B' (d_out, rank) and A' (rank, d_in), float64, balanced."""
+        return _balanced(*_factors(self.parts, self.cores), rank)
+
+
+class Realigned(NamedTuple):
+    """A module that is realigned: left right is its update, without the scaling."""
+
+    left: Tensor  # (d_out, n)
+    right: Tensor  # (n, d_in)
+    # B and A' in which only A' is new, where they lose no more by rounding than they may.
+    kept: tuple[Tensor, Tensor] | None
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B' (d_out, rank) and A' (rank, d_in), balanced in float64 where B is not kept."""
+        return self.kept or _balanced(self.left, self.right, rank)
+
+
+def attenuate(
+    B: Tensor, A: Tensor, U: Tensor, V: Tensor, correction: Correction
+) -> tuple[Attenuated, Figures]:
+    """A module's update by CSULoRA, for B (d_out, r) and A (r, d_in) of any type."""
+    parts = split(B, A, U, V)
+    cores, figures = solve(parts, correction)
+    return Attenuated(parts, cores), figures
+
+
+def realign(
+    B: Tensor,
+    A: Tensor,
+    U: Tensor,
+    V: Tensor,
+    spectrum: Spectrum,
+    realignment: Realignment,
+    storing_limit: float,
+) -> tuple[Realigned, Figures]:
+    """A module's realigned update, for B (d_out, r) and A (r, d_in) of any type.
+
+    The columns of B are told apart down to `NOISE`, after they are scaled to norm 1.
+    storing_limit: up to which amplification of A' alone B is kept.
+    """
+    old, V = B, V.to(A.device, torch.float64)
+    B, A, U = B.double(), A.double(), U.to(B.device, torch.float64)
+    projection = project(B, A, U, V)
+    f = share(projection, spectrum, realignment)
+    target = target_of(f, spectrum, realignment)
+    taken = A - (projection.Q * f) @ V.mT
+    if realignment.form == "exact":
+        left, right = torch.cat([B, U * target], dim=1), torch.cat([taken, V.mT])
+        figures = _figures_of(projection, left, right, B, A, U, V, target.new_zeros(()))
+        return Realigned(left, right, None), figures
+    norms = torch.where(B.any(0), B.norm(dim=0), 1.0)
+    left, R = torch.linalg.qr(B / norms)
+    X, S, Yt = torch.linalg.svd(R, full_matrices=False)
+    kept = NOISE * S[0] < S
+    X, S, Yt = X[:, kept], S[kept], Yt[kept]
+    reached = X.mT @ (left.mT @ U)
+    added = (reached * target) @ V.mT
+    right = (R * norms) @ taken + X @ added
+    lost = (target.square() * (1 - reached.square().sum(0)).clamp_min(0)).sum()
+    figures = _figures_of(projection, left, right, B, A, U, V, lost)
+    A_new = taken + (Yt.mT / S) @ added / norms[:, None]
+    stored = dot(norms.square()[:, None], A_new.square()).sqrt()
+    small = bool(stored <= storing_limit * right.norm())
+    return Realigned(left, right, (old, A_new) if small else None), figures
+
+
+def _balanced(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B' = X S^(1/2) (d_out, rank) and A' = S^(1/2) Y^T (rank, d_in) of the product B A, then zeros."""
+    X, S, Yt = _triplets(B, A)
     root = S[:rank].sqrt()
     B, A = X.new_zeros(X.shape[0], rank), X.new_zeros(rank, Yt.shape[1])
     torch.mul(X[:, :rank], root, out=B[:, : len(root)])
     torch.mul(Yt[:rank], root[:, None], out=A[: len(root)])
     return B, A
+
+
+def _figures_of(
+    projection: Projection,
+    left: Tensor,
+    right: Tensor,
+    B: Tensor,
+    A: Tensor,
+    U: Tensor,
+    V: Tensor,
+    lost: Tensor,
+) -> Figures:
+    """Energies of the update left right beside those of B A, from which it differs inside V only."""
+    P, Q, _, _ = projection
+    inside, before = left @ (right @ V), B @ Q
+    outside = A - Q @ V.mT
+    fo, all_out = P @ outside, dot(B.mT @ B, outside @ outside.mT)
+    rest = torch.stack([fo.square().sum(), (all_out - fo.square().sum()).clamp_min(0)])
+    energies = []
+    for J in (before, inside):
+        ff = U.mT @ J
+        of = J - U @ ff
+        energies.append(torch.stack([ff.square().sum(), rest[0], of.square().sum(), rest[1]]))
+    energy = energies[0].sum()
+    per_energy = 1 / energy if energy > 0 else torch.zeros_like(energy)
+    exact = energies[1].sum() + lost
+    return Figures(
+        energy,
+        energies[0] * per_energy,
+        energies[1] * per_energy,
+        ((inside - before).square().sum() * per_energy).sqrt(),
+        (lost / exact).sqrt() if exact > 0 else torch.zeros_like(exact),
+    )
 
 
 def _factors(parts: Parts, cores: Cores) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from csulora.errors import CsuloraError
-from csulora.method.precision import solve_with_amplification, squares_fit_float32
-from csulora.method.stages import Cores, Projection, project, recompose
+from csulora.method import realign, stages
+from csulora.method.precision import (
+    Amplification,
+    realign_with_amplification,
+    solve_with_amplification,
+    squares_fit_float32,
+)
+from csulora.method.realign import Shift, Spectrum
+from csulora.method.stages import Cores, Figures, Projection, project
 from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
-from csulora.settings import Correction
+from csulora.settings import Correction, Method
 
 
 class Stack(NamedTuple):
@@ -54,12 +61,13 @@ def project_members(members: Sequence[Member], device: torch.device) -> list[Sta
 def solve_stacks(plan: Plan, stacks: Sequence[Stack]) -> Solved:
     """The solution of a plan from the projections of its members, which other strengths may share."""
     known = Gathered.of(len(plan.members))
-    ready: dict[int, tuple[Pair, Projection, Cores]] = {}
+    ready: dict[int, tuple[Pair, Projection, Cores | Shift]] = {}
     for stack in stacks:
         for correction, part in _by_correction(plan, stack):
-            cores, figures, amplified = solve_with_amplification(part.projection, correction)
+            cores, figures, amplified = _solve(plan, part, correction)
             known.put(part.positions, figures, amplified, part.squares_fit)
-            rows = zip(part.factors, part.projection.unbind(), cores.unbind(), strict=True)
+            own: Sequence[Cores | Shift] = cores.unbind()
+            rows = zip(part.factors, part.projection.unbind(), own, strict=True)
             ready |= zip(part.positions, rows, strict=True)
 
     def factors(i: int, into: Pair | None) -> Pair:
@@ -68,11 +76,26 @@ def solve_stacks(plan: Plan, stacks: Sequence[Stack]) -> Solved:
             X.dtype == torch.float32 and X.device == B.device for X in into
         )
         U, V = member.U.to(B), member.V.to(B)
-        return recompose(B, A, U, V, projection, cores, into if there else None)
+        if isinstance(cores, Shift):
+            return realign.recompose(B, A, U, V, cores)
+        return stages.recompose(B, A, U, V, projection, cores, into if there else None)
 
     # The last of a stack first: its basis is the one that is still in the cache.
     order = [i for stack in stacks for i in reversed(stack.positions)]
     return Solved(known.figures, known.needs_float64(plan), factors, order)
+
+
+def _solve(
+    plan: Plan, part: Stack, correction: Method
+) -> tuple[Cores | Shift, Figures, Amplification]:
+    """What makes the result, its energies, and what float32 would do to it."""
+    if isinstance(correction, Correction):
+        return solve_with_amplification(part.projection, correction)
+    spectra = (plan.members[i].spectrum for i in part.positions)
+    spectrum = Spectrum(
+        *(torch.stack(X).to(part.projection.P.device) for X in zip(*spectra, strict=True))
+    )
+    return realign_with_amplification(part.projection, spectrum, correction)
 
 
 def _stack(members: Sequence[Member], positions: list[int], device: torch.device) -> Stack:
@@ -93,9 +116,9 @@ def _stack(members: Sequence[Member], positions: list[int], device: torch.device
     return Stack(positions, factors, projection, squares_fit_float32(squares))
 
 
-def _by_correction(plan: Plan, stack: Stack) -> Iterator[tuple[Correction, Stack]]:
+def _by_correction(plan: Plan, stack: Stack) -> Iterator[tuple[Method, Stack]]:
     """The part of a stack that each correction is for; nearly always one, for all of it."""
-    groups: dict[Correction, list[int]] = {}
+    groups: dict[Method, list[int]] = {}
     for row, i in enumerate(stack.positions):
         groups.setdefault(plan.members[i].correction, []).append(row)
     for correction, rows in groups.items():

@@ -29,9 +29,10 @@ def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | Csul
     """
     launches: dict[tuple[torch.dtype, Correction], dict[int, Members]] = {}
     for p, plan in enumerate(plans):
-        if _widest(plan) <= kernels.MAX_RANK:
+        if _widest(plan) <= kernels.MAX_RANK and isinstance(plan.correction, Correction):
             dtype = _working_type(plan)
             for i, member in enumerate(plan.members):
+                assert isinstance(member.correction, Correction)
                 rows = launches.setdefault((dtype, member.correction), {})
                 rows.setdefault(p, {})[i] = member
     parts: dict[int, list[_Part]] = {}
@@ -126,6 +127,8 @@ def _by_torch(plan: Plan, device: torch.device) -> Solved | CsuloraError:
     (solved,) = by_torch.solve([plan], device)
     if isinstance(solved, CsuloraError) or not plan.members:
         return solved
+    if not isinstance(plan.correction, Correction):
+        return solved._replace(notes=("realignment was done by torch, not Triton",))
     note = f"rank {_widest(plan)} is above {kernels.MAX_RANK}: corrected by torch, not Triton"
     return solved._replace(notes=(note,))
 

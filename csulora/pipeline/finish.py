@@ -7,23 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
 from csulora.files.peft_config import FILE, portable_config
 from csulora.files.peft_ranks import alpha_for_rank, check_alphas
 from csulora.method import in_float64
-from csulora.method.stages import Cores
-from csulora.pipeline.memory import Layout, allocate, balance, store
+from csulora.method.stages import Figures
+from csulora.pipeline.memory import Layout, allocate, balance, fits_float16, store
 from csulora.pipeline.plan import Member, Plan, other_model
 from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
-from csulora.settings import Correction
+from csulora.settings import Correction, Method, Realignment
 from csulora.subspace import SafetySubspace
 from csulora.text import listed
 from csulora.version import MADE_BY
 
-Careful = dict[int, tuple[in_float64.Parts, Cores]]  # by a member's position in the plan
+# What gives the factors of members that float32 would spoil, by their position in the plan.
+Careful = dict[int, in_float64.Attenuated | in_float64.Realigned]
 
 
 def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
@@ -59,7 +61,7 @@ def report(plan: Plan, solved: Solved) -> Report:
 
 
 def provenance(
-    subspace: SafetySubspace, correction: Correction, dtype: torch.dtype | None, portable: bool
+    subspace: SafetySubspace, correction: Method, dtype: torch.dtype | None, portable: bool
 ) -> dict[str, dict[str, Any]]:
     """What, besides the source, determines a result, as the report states it."""
     return {
@@ -82,13 +84,20 @@ def _solve_in_float64(plan: Plan, solved: Solved) -> Careful:
     """Parts and cores of the members that need it; their figures replace those in `solved`."""
     found: Careful = {}
     for i in solved.needs_float64.nonzero().flatten().tolist():
-        member = plan.members[i]
-        parts = in_float64.split(member.module.B, member.module.A, member.U, member.V)
-        cores, figures = in_float64.solve(parts, member.correction)
+        found[i], figures = _in_float64(plan, plan.members[i])
         for whole, figure in zip(solved.figures, figures, strict=True):
             whole[i] = figure
-        found[i] = parts, cores
     return found
+
+
+def _in_float64(
+    plan: Plan, member: Member
+) -> tuple[in_float64.Attenuated | in_float64.Realigned, Figures]:
+    B, A, U, V = member.module.B, member.module.A, member.U, member.V
+    if isinstance(member.correction, Correction):
+        return in_float64.attenuate(B, A, U, V, member.correction)
+    limit = plan.limits(member).storing
+    return in_float64.realign(B, A, U, V, member.spectrum, member.correction, limit)
 
 
 def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pair | None) -> Pair:
@@ -96,7 +105,7 @@ def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pai
     if member.correction.is_identity:
         return member.module.B, member.module.A
     if i in careful:
-        return in_float64.recompose(*careful[i], member.rank)
+        return careful[i].factors(member.rank)
     return solved.factors(i, into)
 
 
@@ -117,10 +126,29 @@ def _module(
     if portable_rank is not None:
         new = new.portable(portable_rank)
     B, A = new.B, new.A
-    if torch.float16 in (into[0].dtype, into[1].dtype) and not member.correction.is_identity:
+    if torch.float16 in (into[0].dtype, into[1].dtype) and not _as_it_is(member, pair, A):
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
     return replace(new, B=into[0], A=into[1])
+
+
+def _as_it_is(member: Member, pair: Pair, A: Tensor) -> bool:
+    """Whether factors go into float16 without a change of gauge: B is to stay where A fits."""
+    if member.correction.is_identity:
+        return True
+    return (
+        isinstance(member.correction, Realignment)
+        and pair[0] is member.module.B
+        and fits_float16(A)
+    )
+
+
+def _has_nothing_to_realign(member: Member) -> bool:
+    """Whether the noise edge leaves a module out that has directions."""
+    correction, (S, edge, _) = member.correction, member.spectrum
+    if not isinstance(correction, Realignment) or correction.is_identity:
+        return False
+    return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 
 def _made(plan: Plan, report: Report) -> dict[str, Any]:
@@ -146,7 +174,11 @@ def _report(plan: Plan, solved: Solved) -> Report:
     scalings = [member.module.scaling for member in plan.members]
     modules = module_reports([m.name for m in plan.members], solved.figures, scalings, ranks)
     total = totals(modules)
-    warnings = rank_warnings(total, modules)
+    warnings = []
+    if (
+        plan.correction.method == "csulora"
+    ):  # realignment's own form of rank r is not that of another
+        warnings += rank_warnings(total, modules)
     if not modules:
         warnings.append("no module could be corrected: every tensor was passed through")
     empty = [name for name, module in modules.items() if module.subspace_rank == 0]
@@ -154,6 +186,12 @@ def _report(plan: Plan, solved: Solved) -> Report:
         warnings.append(
             f"base and aligned are equal on {len(empty)} module(s), so their whole update counts as "
             f"off-subspace: {', '.join(empty[:3])}"
+        )
+    quiet = [m.name for m in plan.members if _has_nothing_to_realign(m)]
+    if quiet:
+        warnings.append(
+            f"nothing of what alignment did stands out of noise on {len(quiet)} module(s), which are "
+            f"left as they are (edge off would take all directions): {', '.join(quiet[:3])}"
         )
     if plan.left_out:
         warnings.append(

@@ -75,6 +75,13 @@ def store(
             )
 
 
+def fits_float16(X: Tensor) -> bool:
+    """Whether float16 holds every row of X (r, d) about as well as larger types of its precision do."""
+    largest = X.abs().amax(1)
+    # From here on what the smallest entries of a row lose is below the rounding of the others.
+    return bool(((largest == 0) | ((largest >= 2.0**-10) & (largest < 65504))).all())
+
+
 def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Even out the magnitudes of B (d_out, r) and A (r, d_in) column by column, by powers of two.
 

@@ -14,7 +14,9 @@ from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
 from csulora.files.peft_tensors import PREFIX
-from csulora.settings import Correction
+from csulora.method.precision import Limits, limits
+from csulora.method.realign import Spectrum
+from csulora.settings import Correction, Method
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
 
@@ -28,13 +30,16 @@ class Member(NamedTuple):
     module: LoraModule
     U: Tensor  # (d_out, k)
     V: Tensor  # (d_in, k)
-    correction: Correction
+    spectrum: Spectrum
+    correction: Method
 
     @property
     def rank(self) -> int:
         """Rank of the result, before the portable form pads it."""
-        doubled = self.correction.form == "exact" and not self.correction.is_identity
-        return 2 * self.module.rank if doubled else self.module.rank
+        r, k = self.module.rank, self.U.shape[1]
+        if self.correction.is_identity or self.correction.form == "same":
+            return r
+        return 2 * r if isinstance(self.correction, Correction) else r + k
 
 
 class Plan(NamedTuple):
@@ -42,7 +47,7 @@ class Plan(NamedTuple):
 
     source: LoraAdapter
     subspace: SafetySubspace
-    correction: Correction
+    correction: Method
     dtype: torch.dtype | None  # of the new factors, None: each factor's own
     portable: bool
     members: tuple[Member, ...]  # in the order of the adapter's modules
@@ -53,7 +58,7 @@ class Plan(NamedTuple):
         cls,
         source: LoraAdapter,
         subspace: SafetySubspace,
-        correction: Correction,
+        correction: Method,
         dtype: torch.dtype | None = None,
         portable: bool = False,
     ) -> Plan:
@@ -80,6 +85,11 @@ class Plan(NamedTuple):
     def portable_rank(self) -> int | None:
         """The one rank of all modules in the portable form."""
         return max(member.rank for member in self.members) if self.portable else None
+
+    def limits(self, member: Member) -> Limits:
+        """How much of rounding a member bears, see `csulora.method.precision`."""
+        read = member.module.B.dtype, member.module.A.dtype
+        return limits(member.correction, read=read, written=self.dtypes(member))
 
     def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
         """Types of a member's new B and A."""
@@ -115,7 +125,7 @@ def other_model(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str | N
 
 
 def _members(
-    adapter: LoraAdapter, subspace: SafetySubspace, correction: Correction
+    adapter: LoraAdapter, subspace: SafetySubspace, correction: Method
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
     matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
@@ -124,9 +134,6 @@ def _members(
         for name, module in adapter.modules.items()
     )
     head = next((m for name, m in adapter.modules.items() if ends_with(name, "lm_head")), None)
-    over = replace(
-        correction, lambda_left=correction.lambda_right, lambda_right=correction.lambda_left
-    )
     return tuple(
         _member(
             name,
@@ -134,9 +141,22 @@ def _members(
             matches[name],
             subspace,
             turned,
-            over if _is_tied(module, head) else correction,
+            _turned_over(name, correction) if _is_tied(module, head) else correction,
         )
         for name, module in adapter.modules.items()
+    )
+
+
+def _turned_over(name: str, correction: Method) -> Method:
+    """What does to a transposed update what `correction` does to the update."""
+    if isinstance(correction, Correction):
+        left, right = correction.lambda_right, correction.lambda_left
+        return replace(correction, lambda_left=left, lambda_right=right)
+    if correction.is_identity:
+        return correction
+    raise CsuloraError(
+        f"{name}: shares its factors with the output head, whose inputs are its outputs, and "
+        "realignment is about inputs; use method csulora, or leave both out of the adapter"
     )
 
 
@@ -166,7 +186,7 @@ def _member(
     target: str,
     subspace: SafetySubspace,
     turned: bool,
-    correction: Correction,
+    correction: Method,
 ) -> Member:
     found = subspace.modules[target]
     shape = (module.B.shape[0], module.A.shape[1])
@@ -182,4 +202,5 @@ def _member(
             f"{subspace.path or 'subspace'}: {target} is {U.shape[0]} x {V.shape[0]}, but the adapter "
             f"updates {name} with {shape[0]} x {shape[1]}; was the subspace estimated for another model?"
         )
-    return Member(name, target, transposed, module.detached(), U, V, correction)
+    spectrum = found.spectrum(module.scaling)
+    return Member(name, target, transposed, module.detached(), U, V, spectrum, correction)

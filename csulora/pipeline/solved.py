@@ -14,7 +14,6 @@ from csulora.method.stages import Figures
 from csulora.pipeline.plan import Plan
 
 Pair = tuple[Tensor, Tensor]  # B (d_out, r), A (r, d_in)
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Solved(NamedTuple):
@@ -53,16 +52,12 @@ class Gathered(NamedTuple):
 
     def needs_float64(self, plan: Plan) -> Tensor:
         """(n) bool, see `csulora.method.precision.needs_float64`."""
-        half = [
-            any(X in HALF for X in (plan.dtype, member.module.B.dtype, member.module.A.dtype))
-            for member in plan.members
-        ]
         identity = [member.correction.is_identity for member in plan.members]
         return needs_float64(
             self.squares_fit,
             self.amplified,
-            half=torch.tensor(half, dtype=torch.bool),
-            identity=torch.tensor(identity, dtype=torch.bool),
+            [plan.limits(member) for member in plan.members],
+            torch.tensor(identity, dtype=torch.bool),
         )
 
 

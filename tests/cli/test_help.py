@@ -41,7 +41,9 @@ def test_every_option_has_a_help_and_every_help_ends_in_examples_that_parse(name
 def test_options_stand_in_groups():
     titles = [group.title for group in PARSERS["correct"]._action_groups]
     assert titles[2:] == [
-        "strengths",
+        "method",
+        "strengths of csulora",
+        "strength of realign",
         "form of the result",
         "what is refused",
         "many adapters",

@@ -4,9 +4,9 @@ import math
 
 import oracle
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from problems import factors, run
+from problems import factors, quick, run
 
 from csulora.settings import FORMS, GRANULARITIES, Correction
 
@@ -26,9 +26,6 @@ corrections = st.builds(
     strength,
     granularity=st.sampled_from(GRANULARITIES),
 )
-# The same examples in every run: a red test must be red again. Search for new ones with a larger
-# max_examples and derandomize off.
-quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def problem(shape):
