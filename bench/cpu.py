@@ -23,7 +23,7 @@ import torch
 from safe_lora import safe_lora
 from shapes import LLAMA_3_1_8B, LLAMA_3_1_8B_LAYERS, make
 
-from csulora import Correction, LoraAdapter, SafetySubspace, correct
+from csulora import Correction, LoraAdapter, Realignment, SafetySubspace, correct
 
 
 def products(adapter: LoraAdapter, subspace: SafetySubspace) -> Callable[[], None]:
@@ -67,6 +67,10 @@ def works_of(layers: int, r: int, k: int) -> tuple[LoraAdapter, dict[str, Callab
         "correct, exact, float32": lambda: correct(adapter, subspace, Correction()),
         "correct, exact, bfloat16": lambda: correct(half, subspace, Correction()),
         "correct, same, float32": lambda: correct(adapter, subspace, Correction(form="same")),
+        "realign, same, float32": lambda: correct(adapter, subspace, Realignment(edge=False)),
+        "realign, exact, float32": lambda: correct(
+            adapter, subspace, Realignment(edge=False, form="exact")
+        ),
     }
 
 

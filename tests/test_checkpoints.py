@@ -14,7 +14,15 @@ from builders import edit_json, edit_tensors, run
 from safetensors.torch import load_file
 from tolerances import TOLERANCES
 
-from csulora import Correction, CsuloraError, LoraAdapter, SafetySubspace, correct, estimate
+from csulora import (
+    Correction,
+    CsuloraError,
+    LoraAdapter,
+    Realignment,
+    SafetySubspace,
+    correct,
+    estimate,
+)
 from csulora.settings import FORMS
 
 transformers = pytest.importorskip("transformers")
@@ -171,6 +179,17 @@ def test_embeddings_whose_update_is_tied_to_the_head(form, tmp_path):
         assert error <= (1e-2 if form == "same" else TOLERANCES[torch.float32])
     left, right = (report.modules[n].relative_change for n in ("lm_head", "model.embed_tokens"))
     assert left == pytest.approx(right, rel=1e-2)
+
+
+def test_realignment_refuses_an_embedding_tied_to_the_head(tmp_path):
+    """One set of factors, of which the inputs of one are the outputs of the other."""
+    model = llama(tie_word_embeddings=True)
+    pair = write_pair(tmp_path, model)
+    adapter = head_adapter(model, tmp_path / "adapter", ensure_weight_tying=True)
+    subspace = estimate(*pair, rank=K, like=adapter)
+    with pytest.raises(CsuloraError, match="embed_tokens: shares its factors with the output head"):
+        correct(LoraAdapter.load(adapter), subspace, Realignment())
+    correct(LoraAdapter.load(adapter), subspace, Realignment(0))
 
 
 def test_portable_on_the_command_line_drops_the_copy_and_nothing_else(tmp_path, out, capsys):

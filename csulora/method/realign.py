@@ -124,16 +124,32 @@ def solve(
     return Shift(Y, c, diagonal), _figures(projection, Y, f, target, inverse, c is None)
 
 
-def recompose(B: Tensor, A: Tensor, U: Tensor, V: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
+def recompose(
+    B: Tensor,
+    A: Tensor,
+    U: Tensor,
+    V: Tensor,
+    shift: Shift,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The realigned factors of one module: B itself and A' (r, d_in), or B' (d_out, r + k) and A'.
 
-    Computes in the dtype of U; B and A may be of a lower precision.
+    Computes in the dtype of U; B and A may be of a lower precision. `out` is memory in the dtype of U
+    for what is computed: all but the B of `same`.
     """
-    dtype = U.dtype
-    A_new = torch.addmm(A.to(dtype), shift.Y.to(dtype), V.mT)
+    dtype, r = U.dtype, A.shape[0]
+    r_new = r if shift.c is None else r + V.shape[1]
+    A_new = A.new_empty((r_new, A.shape[1]), dtype=dtype) if out is None else out[1]
+    # The product as (d_in, r), the faster of the two ways.
+    torch.mm(V, shift.Y.mT.to(dtype), out=A_new[:r].mT)
+    A_new[:r] += A
     if shift.c is None:
         return B, A_new
-    return torch.cat([B.to(dtype), U * shift.c.to(dtype)], dim=1), torch.cat([A_new, V.mT])
+    A_new[r:] = V.mT
+    B_new = B.new_empty((B.shape[0], r_new), dtype=dtype) if out is None else out[0]
+    B_new[:, :r] = B
+    torch.mul(U, shift.c.to(dtype), out=B_new[:, r:])
+    return B_new, A_new
 
 
 def target_of(f: Tensor, spectrum: Spectrum, realignment: Realignment) -> Tensor:

@@ -77,7 +77,7 @@ def solve_stacks(plan: Plan, stacks: Sequence[Stack]) -> Solved:
         )
         U, V = member.U.to(B), member.V.to(B)
         if isinstance(cores, Shift):
-            return realign.recompose(B, A, U, V, cores)
+            return realign.recompose(B, A, U, V, cores, into if there else None)
         return stages.recompose(B, A, U, V, projection, cores, into if there else None)
 
     # The last of a stack first: its basis is the one that is still in the cache.

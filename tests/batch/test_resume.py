@@ -115,7 +115,14 @@ def test_resume(case, capsys, batch):
 
 
 @pytest.mark.parametrize(
-    "change", [("--lambda-off", 3), ("--rank", "same"), ("--subspace-rank", 2), ("--portable",)]
+    "change",
+    [
+        ("--lambda-off", 3),
+        ("--rank", "same"),
+        ("--subspace-rank", 2),
+        ("--portable",),
+        ("--method", "realign"),
+    ],
 )
 def test_resume_with_other_settings_mixes_nothing(change, capsys, batch):
     source, common, out = batch
@@ -131,6 +138,24 @@ def test_resume_with_other_settings_mixes_nothing(change, capsys, batch):
         "c": ("failed", "changed"),
     }
     assert builders.tree(out) == before
+
+
+@pytest.mark.parametrize("form", ["same", "exact"])
+def test_a_batch_by_realignment(form, capsys, batch, subspace):
+    """Made, recognised, verified from its source, and another strength is another result."""
+    source, common, out = batch
+    common = (*common, "--method", "realign", "--edge", "off", "--form", form)
+    assert run_correct(capsys, source, *common).code == 0
+    before = builders.tree(out)
+    report = json.loads(before[f"c/{builders.REPORT}"])
+    assert report["settings"]["method"] == "realign" and report["totals"]["relative_change"] > 0.01
+    result = run_correct(capsys, source, *common, "--resume", "--json")
+    assert set(outcomes(result).values()) == {("skipped", None)}
+    given = ("verify", out, "--source", source, "--subspace", subspace)
+    result = builders.run(capsys, *given)
+    assert (result.code, result.out.count("as written (files, source, subspace, result)")) == (0, 3)
+    result = run_correct(capsys, source, *common, "--overwrite", "--strength", 7)
+    assert result.code == 0 and builders.tree(out) != before
 
 
 def test_a_file_that_changed_a_moment_ago_is_looked_at_again(capsys, batch, monkeypatch):
