@@ -1,6 +1,6 @@
 """Repair the safety of LoRA adapters after training, in closed form (CSULoRA, arXiv 2605.30640)."""
 
-from csulora import baselines
+from csulora import baselines, geometry
 from csulora.adapter import LoraAdapter, LoraModule, Source, identify
 from csulora.batch import correct_many
 from csulora.correction import correct, correct_batch, decompose
@@ -41,6 +41,7 @@ __all__ = [
     "correct_many",
     "decompose",
     "estimate",
+    "geometry",
     "identify",
     "verify",
 ]
