@@ -1,4 +1,6 @@
-"""Safe LoRA's arithmetic (arXiv 2405.16833), written from its formula, as a baseline.
+"""Safe LoRA's arithmetic (arXiv 2405.16833) as its public code does it, to time it.
+
+The method itself, without these matrices, is `csulora.baselines.safe_lora`.
 
 Per module: C = D D^T / ||D||_F with D = W_aligned - W_base; the update is replaced by C dW where the
 cosine of dW and C dW is below a threshold. It forms two dense matrices per module, d_out x d_out and

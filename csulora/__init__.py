@@ -1,5 +1,6 @@
 """Repair the safety of LoRA adapters after training, in closed form (CSULoRA, arXiv 2605.30640)."""
 
+from csulora import baselines, geometry
 from csulora.adapter import LoraAdapter, LoraModule, Source, identify
 from csulora.batch import correct_many
 from csulora.correction import correct, correct_batch, decompose
@@ -34,12 +35,14 @@ __all__ = [
     "Totals",
     "UsageError",
     "Verification",
+    "baselines",
     "correct",
     "correct_batch",
     "correct_folder",
     "correct_many",
     "decompose",
     "estimate",
+    "geometry",
     "identify",
     "verify",
 ]

@@ -15,7 +15,7 @@ FLOORS = [
     {"csulora.output"},
     {"csulora.adapter", "csulora.subspace", "csulora.outcome", "csulora.plots"},
     {"csulora.pipeline"},
-    {"csulora.correction", "csulora.estimation"},
+    {"csulora.correction", "csulora.estimation", "csulora.baselines", "csulora.geometry"},
     {"csulora.folder", "csulora.verification"},
     {"csulora.batch"},
     {"csulora"},  # the public names

@@ -16,7 +16,7 @@ import csulora
 from csulora.demo import world
 from csulora.demo.evaluate import Evaluator, Metrics, answer, encode
 from csulora.demo.reading import best_utility, verdict
-from csulora.demo.run import ASSETS, random_like, run_demo, scaled
+from csulora.demo.run import ASSETS, run_demo
 from csulora.demo.settings import FAMILIES, Row
 from csulora.errors import CsuloraError
 
@@ -158,14 +158,14 @@ def test_control_has_exactly_the_norm_asked_for():
     adapter = csulora.LoraAdapter.load(ASSETS / "adapter")
     subspace = csulora.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
     whole = csulora.decompose(adapter, subspace).totals
-    half = csulora.decompose(scaled(adapter, 0.5), subspace).totals
+    half = csulora.decompose(csulora.baselines.scaled(adapter, 0.5), subspace).totals
     assert half.energy_before == pytest.approx(whole.energy_before / 4, rel=1e-5)
     assert half.relative_energy_before == pytest.approx(whole.relative_energy_before, rel=1e-4)
 
 
 def test_random_subspace_is_orthonormal_of_the_same_shape_and_another_place():
     subspace = csulora.estimate(ASSETS / "base", ASSETS / "aligned", rank=4)
-    other = random_like(subspace)
+    other = csulora.baselines.random_subspace(subspace)
     assert other.modules.keys() == subspace.modules.keys()
     for name, module in other.modules.items():
         for side in ("U", "V"):

@@ -17,6 +17,7 @@ from csulora.cli.output import stdout
 from csulora.correction import sweep
 from csulora.errors import CsuloraError
 from csulora.files.names import natural
+from csulora.geometry import NO_VERDICT, Geometry, Place, geometry
 from csulora.report import BLOCKS, ModuleReport, Report, Totals
 from csulora.settings import Method
 from csulora.subspace import SafetySubspace
@@ -24,6 +25,7 @@ from csulora.text import one_line
 
 SWEEP = (1.0, 10.0, 100.0, 1000.0, 10000.0, math.inf)
 HEADINGS = ("aligned", "part. left", "part. right", "off")
+LYING = ("read gain", "overlap")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         report, *others = sweep(
             adapter, subspace, [correction, *strengths], device=arguments.device
         )
+        places = geometry(adapter, subspace, device=arguments.device)
     except CsuloraError as error:
         text = str(error)
         if arguments.adapter not in text:
@@ -50,9 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
             {"strength": _number(value), "totals": other.to_dict()["totals"]}
             for value, other in zip(SWEEP, others, strict=True)
         ]
-        print(json.dumps({**report.to_dict(), "sweep": effects}))
+        found = {**report.to_dict(), "sweep": effects, "geometry": places.to_dict()}
+        print(json.dumps(found))
     else:
-        print_report(stdout(), report, correction, list(zip(SWEEP, others, strict=True)))
+        print_report(stdout(), report, places, correction, list(zip(SWEEP, others, strict=True)))
         if arguments.plot:
             print(f"plot: {one_line(arguments.plot)}")
     for warning in report.warnings:
@@ -61,28 +65,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_report(
-    console: Console, report: Report, correction: Method, effects: list[tuple[float, Report]]
+    console: Console,
+    report: Report,
+    places: Geometry,
+    correction: Method,
+    effects: list[tuple[float, Report]],
 ) -> None:
-    """Two tables: where each module's update lies, and what one strength would leave of it."""
+    """Where each module's update lies; all by number of directions; what one strength would leave."""
     table = Table(title="Share of the update's energy in each block, in percent")
     table.add_column("module", no_wrap=True)
     table.add_column("rank", justify="right")
     table.add_column("k", justify="right")
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    table.add_column("change", justify="right")
+    for heading in (*LYING, "change"):
+        table.add_column(heading, justify="right")
     for name in sorted(report.modules, key=natural):
         module = report.modules[name]
         table.add_row(
-            one_line(name), str(module.rank_in), str(module.subspace_rank), *_shares(module)
+            one_line(name),
+            str(module.rank_in),
+            str(module.subspace_rank),
+            *_shares(module, places.modules[name]),
         )
     table.add_section()
-    table.add_row("all modules", "", "", *_shares(report.totals))
+    table.add_row("all modules", "", "", *_shares(report.totals, places.totals))
     console.print(table)
     console.print(
+        "read gain: how much more the update reads from D's input directions than from random ones; "
+        "overlap: cos(dW, D_k), percent\n"
         f"change: ||dW* - dW|| / ||dW||, {correction}\n",
         soft_wrap=True,
     )
+    console.print(_by_directions(places))
+    for line in (NO_VERDICT, *(f"hint: {hint}" for hint in places.hints)):
+        console.print(one_line(line), soft_wrap=True)
+    console.print()
     which = "of realignment" * (correction.method == "realign") or "for the partial and off blocks"
     table = Table(title=f"What is left at one strength {which}, in percent")
     table.add_column("strength", justify="right")
@@ -98,9 +116,25 @@ def print_report(
     console.print(table)
 
 
-def _shares(entry: ModuleReport | Totals) -> list[str]:
+def _by_directions(places: Geometry) -> Table:
+    """The figures of all modules at the leading k directions, k by k."""
+    table = Table(title="All modules by number of directions, shares in percent")
+    for heading in ("k", *HEADINGS, *LYING):
+        table.add_column(heading, justify="right")
+    for place in places.totals:
+        shares = (f"{100 * place.relative_energy[block]:.2f}" for block in BLOCKS)
+        table.add_row(str(place.k), *shares, *_lying(place))
+    return table
+
+
+def _shares(entry: ModuleReport | Totals, places: list[Place]) -> list[str]:
     shares = [f"{100 * entry.relative_energy_before[block]:.2f}" for block in BLOCKS]
-    return [*shares, f"{entry.relative_change:.3f}"]
+    lying = _lying(places[-1]) if places else ["", ""]
+    return [*shares, *lying, f"{entry.relative_change:.3f}"]
+
+
+def _lying(place: Place) -> list[str]:
+    return [f"{place.read_gain:.2f}", f"{100 * place.overlap:+.2f}"]
 
 
 def _number(value: float) -> float | str:

@@ -8,14 +8,13 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import csulora
-from csulora import plots
+from csulora import baselines, plots
 from csulora.demo import extras, reading, tradeoff
 from csulora.demo.evaluate import Evaluator, Metrics
 from csulora.demo.settings import ALIGNED, FAMILIES, RAW, SCALED, STRENGTHS, SUBSPACE_RANK, Row
@@ -74,15 +73,15 @@ def measure_all(
     """The aligned model, the raw adapter, and every corrected adapter followed by its control."""
     yield Row(ALIGNED, None, 0.0, evaluator.measure())
     yield Row(RAW, None, 1.0, measure(adapter, evaluator))
-    directions = {False: subspace, True: random_like(subspace)}
+    directions = {False: subspace, True: baselines.random_subspace(subspace)}
     for family in FAMILIES:
         for strength in strengths:
             corrected, report = csulora.correct(
                 adapter, directions[family.random_subspace], family.correction(strength)
             )
-            kept = math.sqrt(report.totals.energy_after / report.totals.energy_before)
+            kept = baselines.equal_norm_factor(report.totals)
             yield Row(family.key, strength, kept, measure(corrected, evaluator))
-            control = measure(scaled(adapter, kept), evaluator)
+            control = measure(baselines.scaled(adapter, kept), evaluator)
             yield Row(SCALED, strength, kept, control, control_of=family.key)
 
 
@@ -92,26 +91,6 @@ def measure(adapter: csulora.LoraAdapter, evaluator: Evaluator) -> Metrics:
         folder = Path(scratch) / "adapter"
         adapter.save(folder)
         return evaluator.measure(folder)
-
-
-def scaled(adapter: csulora.LoraAdapter, factor: float) -> csulora.LoraAdapter:
-    """The adapter with every update multiplied by one number: what any correction must beat."""
-    modules = {name: replace(m, B=m.B * factor) for name, m in adapter.modules.items()}
-    return replace(adapter, modules=modules)
-
-
-def random_like(subspace: csulora.SafetySubspace) -> csulora.SafetySubspace:
-    """Random orthonormal directions, as many as `subspace` has in every module."""
-    generator = torch.Generator().manual_seed(0)
-
-    def directions(like: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(like.shape, generator=generator)).Q
-
-    modules = {
-        name: replace(module, U=directions(module.U), V=directions(module.V))
-        for name, module in subspace.modules.items()
-    }
-    return replace(subspace, modules=modules, path=None)
 
 
 @contextmanager
