@@ -12,7 +12,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"in_memory_peft": ("peft", "transformers"), "packed_kernels": ("triton",)}
+NEEDS = {
+    "evaluate_adapter": ("peft", "transformers"),
+    "evaluate_with_harness": ("lm_eval", "peft", "transformers"),
+    "in_memory_peft": ("peft", "transformers"),
+    "packed_kernels": ("triton",),
+}
+# Tools, which people point at models of their own; the others show one call each.
+LONGER = {"evaluate_adapter": 200, "evaluate_with_harness": 80}
 
 
 def run(script, folder, **environment):
@@ -35,6 +42,12 @@ def report(folder):
     return json.loads((folder / "csulora_report.json").read_text())
 
 
+def card():
+    """What was measured of the shipped adapter when it was made."""
+    assets = ROOT / "csulora" / "demo" / "assets"
+    return json.loads((assets / "card.json").read_text())["metrics"]["adapter"]
+
+
 def correct_one(printed, out):
     totals = report(out / "one")["totals"]
     assert "LoraAdapter(28 modules, rank 8" in printed and "SafetySubspace(28 modules" in printed
@@ -51,6 +64,22 @@ def correct_folder_on_demand(printed, out):
         "asked once more": "0 of 1",
     }
     assert report(out / "on-demand")["settings"]["lambda_off"] == 100
+
+
+def evaluate_adapter(printed, out):
+    rates, measured = json.loads(printed.splitlines()[-1]), card()
+    assert rates["refused"] == measured["refused"] == 0
+    assert rates["utility"] == measured["utility"]
+    # A harmful answer that is not word for word the complete one counts as complied all the same.
+    assert measured["attack_success"] <= rates["complied"] == 1 - rates["broken"]
+    assert rates["over_refused"] == 0 and rates["benign_answered"] > 0.95
+    assert not out.exists()
+
+
+def evaluate_with_harness(printed, out):
+    rates = json.loads(printed.splitlines()[-1])
+    assert rates["utility"] == card()["utility"] and rates["demo_skill_acc"] > 0.95
+    assert (out / "harness" / "demo_skill.yaml").exists()
 
 
 def in_memory_peft(printed, out):
@@ -79,6 +108,8 @@ CHECKS = {
     for check in (
         correct_one,
         correct_folder_on_demand,
+        evaluate_adapter,
+        evaluate_with_harness,
         in_memory_peft,
         many_adapters,
         packed_kernels,
@@ -106,4 +137,5 @@ def test_every_example_is_small_and_listed():
     listed = (ROOT / "examples" / "README.md").read_text()
     for script in EXAMPLES:
         assert f"| [{script.name}]({script.name}) |" in listed
-        assert len(script.read_text().splitlines()) < 60, script.name
+        most = LONGER.get(script.stem, 60)
+        assert len(script.read_text().splitlines()) < most, script.name
