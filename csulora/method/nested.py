@@ -136,7 +136,7 @@ def reach(projection: Projection) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(G_B * scale[..., None] * scale[..., None, :])
     # A column of zeros has an eigenvalue of exactly 0, which divides nothing.
     empty = (norms <= 0).sum(-1)
-    used = torch.arange(values.shape[-1]) >= empty[..., None]
+    used = torch.arange(values.shape[-1], device=values.device) >= empty[..., None]
     apart = ((values > SMALLEST_CORRELATION) | ~used).all(-1)
     inverse = torch.where(used & (values > SMALLEST_CORRELATION), 1 / values, 0.0)
     X = (P * scale[..., None, :]) @ vectors

@@ -19,7 +19,7 @@ from csulora.method.stages import Figures, Projection
 from csulora.pipeline.backend import pick_device
 from csulora.pipeline.plan import Member, Plan
 from csulora.report import BLOCKS, Totals
-from csulora.settings import Correction, Method, Realignment
+from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
 from csulora.sweep.grid import Family
 
@@ -90,16 +90,14 @@ class Energies:
 
     def _spectra_at(self, k: int) -> list[Spectrum]:
         """Of D's leading k directions: what noise reaches depends on how many are known."""
-        return [
-            Spectrum(
-                *(torch.stack(X) for X in zip(*map(self._spectrum(k), s.members), strict=True))
-            )
-            for s in self._stacks
-        ]
+        found = []
+        for stack in self._stacks:
+            own = (self._spectrum(member, k) for member in stack.members)
+            found.append(Spectrum(*(torch.stack(X) for X in zip(*own, strict=True))))
+        return found
 
-    def _spectrum(self, k: int):  # type: ignore[no-untyped-def]
-        modules = self._subspace.modules
-        return lambda member: modules[member.target].prefix(k).spectrum(member.module.scaling)
+    def _spectrum(self, member: Member, k: int) -> Spectrum:
+        return self._subspace.modules[member.target].prefix(k).spectrum(member.module.scaling)
 
 
 def _one_each(families: Sequence[Family]) -> list[Family]:

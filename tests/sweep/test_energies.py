@@ -1,4 +1,4 @@
-"""Energies from one projection: those that csulora.correct reports for each of the settings, one by one."""
+"""Energies from one projection: those that csulora.correct reports for each setting, one by one."""
 
 import math
 from dataclasses import replace
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(CsuloraError, match="n"):
         Energies(other, subspace, families(4))
     big = replace(adapter.modules["m0"], B=torch.full((12, 3), 1e30), A=torch.full((3, 10), 1e30))
-    with pytest.raises(CsuloraError, match="m0: .*out of range"):
+    with pytest.raises(CsuloraError, match=r"m0: .*out of range"):
         Energies(
             LoraAdapter({"m0": replace(big, scaling=1e100)}, adapter.config), subspace, families(4)
         )
