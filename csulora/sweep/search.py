@@ -13,6 +13,7 @@ from csulora.sweep.metrics import Goal, Metrics
 
 COARSE = (1 / 3, 2 / 3, 1.0)  # shares of the extreme's change
 STEPS = 6
+HALVES = (0.5, 0.25, 0.75)  # of the way between two points; the others where the half failed
 # Relative changes that are nearer to each other than this are not told apart.
 NEAR = 0.01
 SMALLEST, LARGEST = 1e-4, 1e6  # finite strengths
@@ -85,8 +86,11 @@ def search(
         bounds = next(((a, b) for (a, before), (b, after) in pairs if after and not before), None)
         if bounds is None or bounds[1] - bounds[0] < NEAR:
             return
-        strength = path.strength_at(sum(bounds) / 2)
-        if strength in tried:
+        between = (
+            path.strength_at(bounds[0] + share * (bounds[1] - bounds[0])) for share in HALVES
+        )
+        strength = next((x for x in between if x not in tried), None)
+        if strength is None:
             return
         tried |= yield [strength]
 
