@@ -219,7 +219,7 @@ if here.get("settings", {{}}).get("strength") == "inf":
     sys.exit("no memory")
 sys.argv = ["measure", {str(tmp_path / "in" / "lora")!r}, sys.argv[1]]
 runpy.run_path({str(MEASURE)!r}, run_name="__main__")"""
-    found = sweep(*QUICK, "--eval", failing(tmp_path, body), "--limit", "complied<=0.5")
+    found = sweep(*QUICK, "--eval", failing(tmp_path, body), "--limit", "complied<=0.8")
     assert found.code == 1
     result = result_of(out)
     (failure,) = result["failures"]
@@ -286,7 +286,7 @@ def test_a_half_adapter_and_a_factor_beyond_one(sweep, command, out, adapter, tm
     material = Material(small, space)
     controls = beside(Setting(chosen[0], math.inf), totals, material, ())
     assert [v.name for v in controls] == ["down-scaling", "random-subspace", "add-back", "pruning"]
-    change, kept = measured(material, controls[0])
+    _change, kept = measured(material, controls[0])
     assert controls[0].values["factor"] > 1 and kept == pytest.approx(
         controls[0].values["factor"], rel=1e-5
     )
