@@ -118,7 +118,9 @@ def _last_object(text: str) -> dict[str, object] | None:
         try:
             value, end = decoder.raw_decode(text, at)
             found = value if isinstance(value, dict) else found
-        except (ValueError, RecursionError):
+        except ValueError:
             end = at + 1
+        except RecursionError:
+            raise MetricsError("printed JSON that is too deep") from None
         at = text.find("{", end)
     return found

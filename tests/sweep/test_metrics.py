@@ -43,7 +43,7 @@ def test_the_last_object_counts(text, expected):
         ('{"complied": "0.1", "utility": 1}', "its JSON has no number 'complied'"),
         ('{"complied": true, "utility": 1}', "its JSON has no number 'complied'"),
         ("{}", "its JSON has no number 'complied'"),
-        ('{"a":' * 100_000 + "1" + "}" * 100_000, ""),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "printed JSON that is too deep"),
     ],
 )
 def test_what_says_nothing_is_no_metric(text, reason):
