@@ -89,10 +89,10 @@ def search(
         between = (
             path.strength_at(bounds[0] + share * (bounds[1] - bounds[0])) for share in HALVES
         )
-        new = [strength for strength in between if strength not in tried]
-        if not new:
+        new = next((x for x in between if x not in tried), None)
+        if new is None:
             return
-        tried |= yield new[:1]
+        tried |= yield [new]
 
 
 def pick(
