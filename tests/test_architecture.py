@@ -16,7 +16,7 @@ FLOORS = [
     {"csulora.adapter", "csulora.subspace", "csulora.outcome", "csulora.plots"},
     {"csulora.pipeline"},
     {"csulora.correction", "csulora.estimation", "csulora.baselines", "csulora.geometry"},
-    {"csulora.folder", "csulora.verification"},
+    {"csulora.folder", "csulora.verification", "csulora.sweep"},
     {"csulora.batch"},
     {"csulora"},  # the public names
     {"csulora.demo"},

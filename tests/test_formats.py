@@ -100,6 +100,7 @@ def test_public_names():
         "estimate",
         "geometry",
         "identify",
+        "sweep",
         "verify",
     ]
     assert all(hasattr(csulora, name) for name in csulora.__all__)
@@ -131,6 +132,10 @@ def test_every_option_of_the_contract_parses(tmp_path):
         "correct in/** --subspace s --out-dir o --batch-bytes 2G --probe --page p.html --engine ray"
         " --ray-address auto",
         "inspect A --subspace s --json --plot f.png",
+        "sweep A --subspace s --out o --methods realign --forms same --granularities component"
+        " --ranks 2,4 --strengths 1,inf --eval c{adapter} --limit complied<=0.1 --maximize utility"
+        " --steps 2 --jobs 2 --timeout 9 --without raw --overwrite --pass-through --device cpu --json",
+        "sweep A --subspace s --out-dir o --select a{adapter} --report b{adapter}",
         "demo --out-dir d",
     ):
         assert parser.parse_args(line.split()).run
