@@ -96,7 +96,7 @@ def _solve_in_float64(plan: Plan, solved: Solved) -> Careful:
 
 def _nothing_left(figures: Figures, i: int) -> None:
     """The figures of a member whose update is removed, in place."""
-    figures.after[i] = 0
+    figures.after[i] = figures.rank_error[i] = 0
     figures.relative_change[i] = float(figures.energy[i] > 0)
 
 
