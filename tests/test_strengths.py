@@ -78,7 +78,7 @@ def test_a_pattern_whose_modules_all_have_later_ones_is_not_idle():
     assert Correction(strength_for={"q_proj": 1, "*": 2}).own_strengths(NAMES)[NAMES[0]] == 2
     with pytest.raises(CsuloraError, match="strength_for x, y"):
         Correction(strength_for={"*": 2, "y": 1, "x": 2}).own_strengths(NAMES)
-    with pytest.raises(CsuloraError, match="strength_for x$"):
+    with pytest.raises(CsuloraError, match=r"strength_for x$"):
         Correction(strength_for={"x": 2}).own_strengths([])
 
 
