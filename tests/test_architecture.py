@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. What stands on one line may not import each other.
 FLOORS = [
     {"csulora_kernels", "csulora.errors", "csulora.text", "csulora.version"},
+    {"csulora.strengths"},
     {"csulora.settings", "csulora.files"},
     {"csulora.method"},
     {"csulora.report"},

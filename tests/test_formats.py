@@ -129,6 +129,8 @@ def test_every_option_of_the_contract_parses(tmp_path):
         "correct A --subspace s --out-dir o --rank same",
         "correct A --subspace s --out-dir o --method realign --strength 2 --target 0.5 --edge off"
         " --opposed",
+        "correct A --subspace s --out-dir o --strength-for q_proj=0 --strength-for mlp.*=drop"
+        " --budget change=0.3",
         "correct in/** --subspace s --out-dir o --batch-bytes 2G --probe --page p.html --engine ray"
         " --ray-address auto",
         "inspect A --subspace s --json --plot f.png",

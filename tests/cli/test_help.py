@@ -44,6 +44,7 @@ def test_options_stand_in_groups():
         "method",
         "strengths of csulora",
         "strength of realign",
+        "strengths of single modules, and budgets",
         "form of the result",
         "what is refused",
         "many adapters",
