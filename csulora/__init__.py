@@ -1,6 +1,6 @@
 """Repair the safety of LoRA adapters after training, in closed form (CSULoRA, arXiv 2605.30640)."""
 
-from csulora import baselines, geometry
+from csulora import baselines, geometry, sweep
 from csulora.adapter import LoraAdapter, LoraModule, Source, identify
 from csulora.batch import correct_many
 from csulora.correction import correct, correct_batch, decompose
@@ -44,5 +44,6 @@ __all__ = [
     "estimate",
     "geometry",
     "identify",
+    "sweep",
     "verify",
 ]

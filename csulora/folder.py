@@ -26,6 +26,7 @@ from csulora.output import (
     PARTS,
     REPORT,
     WEIGHTS,
+    alike,
     check_replaceable,
     contradictions,
     differences,
@@ -216,7 +217,7 @@ def recognise(
     """
     report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
-    changed = [PARTS[key] for key in wanted if getattr(report, key) != wanted[key]]
+    changed = [PARTS[key] for key in wanted if not alike(getattr(report, key), wanted[key])]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
     damaged = differences(target, report) or contradictions(target, report)

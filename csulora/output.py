@@ -48,7 +48,8 @@ class Written(NamedTuple):
 
 def metadata_of(made: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of a weights file; made: as in LoraAdapter."""
-    text = json.dumps({"made_by": MADE_BY, **made}, sort_keys=True, separators=(",", ":"))
+    # Keys as they come: the order of patterns in the settings counts.
+    text = json.dumps({"made_by": MADE_BY, **made}, separators=(",", ":"))
     return {"format": "pt", KEY: text}
 
 
@@ -151,8 +152,18 @@ def contradictions(folder: Path, report: Report) -> list[str]:
     return [
         f"{WEIGHTS} and the report name different {PARTS[key]}"
         for key, value in stated.items()
-        if mark.get(key) != value
+        if not alike(mark.get(key), value)
     ]
+
+
+def alike(found: object, wanted: object) -> bool:
+    """Whether a part of a report or mark is what it should be; patterns in their order, too."""
+    return found == wanted and _patterns(found) == _patterns(wanted)
+
+
+def _patterns(part: object) -> list[str]:
+    patterns = part.get("strength_for") if isinstance(part, Mapping) else None
+    return list(patterns) if isinstance(patterns, Mapping) else []
 
 
 def _digest(file: Path) -> str:

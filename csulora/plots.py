@@ -155,8 +155,5 @@ def _percent(share: float) -> str:
 
 
 def _settings(report: Report) -> str:
-    s = report.settings
-    return (
-        f"strengths aligned {s['lambda_aligned']}, left {s['lambda_left']}, right {s['lambda_right']}, "
-        f"off {s['lambda_off']}, {s['granularity']}; cells in percent"
-    )
+    found = "" if report.strength is None else f", strength {report.strength:g}"
+    return f"{report.correction}{found}; cells in percent"

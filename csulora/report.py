@@ -87,6 +87,7 @@ class Report:
     made_by: `version` of csulora, and number of the `method`, which tells outputs apart that the same
         input gives in two versions.
     output: `sha256` and `config_sha256` of the two files as they were written; empty before that.
+    strength: that was found for the budget of the settings, None where they have none.
     """
 
     modules: dict[str, ModuleReport]
@@ -99,12 +100,14 @@ class Report:
     passed_through: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # files of the source that were not copied
+    strength: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `csulora_report.json`; strictly valid JSON values."""
         plain = {name: copy.copy(value) for name, value in vars(self).items()}
         modules = {name: module.to_dict() for name, module in self.modules.items()}
-        return {"format": FORMAT, **plain, "modules": modules, "totals": self.totals.to_dict()}
+        plain |= {"modules": modules, "totals": self.totals.to_dict()}
+        return {"format": FORMAT, **plain, "strength": plain_strength(self.strength)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -123,6 +126,7 @@ class Report:
                 given |= {n: _checked(kind, given[n], n) for n in names if n in given}
             if not all(isinstance(text, str) for n in _LISTS for text in given.get(n, ())):
                 raise TypeError("a list holds other things than text")
+            given["strength"] = _strength(given.get("strength"))
             return cls(**{**given, "modules": modules, "totals": totals})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CsuloraError(f"not a report of this version: {error}") from None
@@ -132,6 +136,20 @@ class Report:
         """The strengths and choices it was made with; raises UsageError where it states others."""
         stated = {k: v for k, v in self.settings.items() if k not in ("dtype", "portable")}
         return method_from_dict(stated)
+
+
+def plain_strength(strength: float | None) -> float | str | None:
+    """As a JSON value."""
+    return "inf" if strength == math.inf else strength
+
+
+def _strength(value: object) -> float | None:
+    """What `plain_strength` made a JSON value of; raises TypeError for anything else."""
+    if value is None or value == "inf":
+        return None if value is None else math.inf
+    if not _is_figure(value, "strength") or value < 0:  # type: ignore[operator]
+        raise TypeError(f"strength is {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _is_figure(value: object, name: str) -> bool:

@@ -61,16 +61,23 @@ class ModuleSubspace:
         edge, s = (torch.tensor(x, dtype=torch.float64) for x in (self.noise_edge, scaling))
         return Spectrum(self.S.double(), edge, s)
 
-    def leading(self, rank: int) -> ModuleSubspace:
-        """The prefix of at most `rank` directions."""
+    def prefix(self, rank: int) -> ModuleSubspace:
+        """The at most `rank` leading directions, U and V as views."""
         if rank >= self.S.shape[0]:
             return self
         energy = float(self.S.double().square().sum())
         kept = float(self.S[:rank].double().square().sum())
         share = self.energy_share * kept / energy if energy else 0.0
-        # Contiguous: a product's last bits may depend on strides, and copies elsewhere have none.
-        U, V = self.U[:, :rank].contiguous(), self.V[:, :rank].contiguous()
+        U, V = self.U[:, :rank], self.V[:, :rank]
         return replace(self, U=U, S=self.S[:rank], V=V, energy_share=share)
+
+    def leading(self, rank: int) -> ModuleSubspace:
+        """`prefix` with U and V as copies, where it is not all."""
+        if rank >= self.S.shape[0]:
+            return self
+        found = self.prefix(rank)
+        # Contiguous: a product's last bits may depend on strides, and copies elsewhere have none.
+        return replace(found, U=found.U.contiguous(), V=found.V.contiguous())
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def _same_statement(found: Report, wanted: Report) -> bool:
     if (
         found.passed_through != wanted.passed_through
         or found.modules.keys() != wanted.modules.keys()
+        or not _same_strength(found.strength, wanted.strength)
     ):
         return False
     pairs: list[tuple[ModuleReport | Totals, ModuleReport | Totals]]
@@ -163,6 +164,13 @@ def _same_statement(found: Report, wanted: Report) -> bool:
         for one, other in pairs
         for (x, scale), (y, _) in zip(_figures(one), _figures(other), strict=True)
     )
+
+
+def _same_strength(found: float | None, wanted: float | None) -> bool:
+    """Whether two strengths that a budget found are the same, up to rounding."""
+    if found is None or wanted is None:
+        return found is wanted
+    return math.isclose(found, wanted, rel_tol=FIGURE_TOLERANCE)
 
 
 def _figures(entry: ModuleReport | Totals) -> Iterator[tuple[float, float]]:

@@ -1,8 +1,10 @@
 """Random problems for the method, and one way through its stages."""
 
+import oracle
 import torch
 from hypothesis import settings
 
+from csulora import Correction, LoraAdapter, LoraModule, ModuleSubspace, Origin, SafetySubspace
 from csulora.method import stages
 
 # The same examples in every run: a red test must be red again. Search for new ones with a larger
@@ -28,3 +30,51 @@ def run(B, A, U, V, correction):
     projection = stages.project(B, A, U, V)
     cores, figures = stages.solve(projection, correction)
     return (*stages.recompose(B, A, U, V, projection, cores), figures)
+
+
+# d_out, d_in, r, k of an adapter with modules of several shapes, ranks and numbers of directions.
+SEVERAL = {
+    "model.layers.0.self_attn.q_proj": (40, 32, 4, 6),
+    "model.layers.0.mlp.up_proj": (48, 40, 4, 6),
+    "model.layers.1.self_attn.q_proj": (32, 40, 4, 6),
+    "model.layers.1.mlp.up_proj": (36, 52, 3, 9),
+}
+
+
+def several(dtype=torch.float32, seed=0, size=20.0, inside=1.0, scaling=2.0):
+    """An adapter of the modules in SEVERAL, and their subspace with a D of about its size."""
+    modules, bases = {}, {}
+    for i, (name, shape) in enumerate(SEVERAL.items()):
+        B, A, U, V = factors(*shape, seed=seed + i, inside=inside)
+        r, k = shape[2:]
+        modules[name] = LoraModule(A.to(dtype), B.to(dtype), alpha=scaling * r, scaling=scaling)
+        S = size / (1 + torch.arange(k, dtype=torch.float64))
+        bases[name] = ModuleSubspace(U.float(), S.float(), V.float(), 0.9)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": scaling * 4, "rank_pattern": {}}
+    config |= {"alpha_pattern": {}, "target_modules": ["q_proj", "up_proj"]}
+    config["rank_pattern"] = {"layers.1.mlp.up_proj": 3}
+    config["alpha_pattern"] = {"layers.1.mlp.up_proj": scaling * 3}
+    return LoraAdapter(modules, config), SafetySubspace(bases, Origin("base", "aligned", "", "", 0))
+
+
+def update(module):
+    """dW in float64."""
+    return module.scaling * module.B.double() @ module.A.double()
+
+
+def truth(module, basis, method):
+    """What one method without patterns makes of a module's update, by the dense oracle."""
+    dW = update(module)
+    if isinstance(method, Correction):
+        return oracle.correct(dW, basis.U, basis.V, method.strengths, method.granularity)
+    return oracle.realign(
+        dW,
+        basis.U,
+        basis.S,
+        basis.V,
+        strength=method.strength,
+        gamma=method.gamma,
+        edge=basis.noise_edge if method.edge else 0.0,
+        opposed=method.opposed,
+        B=module.B if method.form == "same" else None,
+    )

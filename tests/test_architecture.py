@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. What stands on one line may not import each other.
 FLOORS = [
     {"csulora_kernels", "csulora.errors", "csulora.text", "csulora.version"},
+    {"csulora.strengths"},
     {"csulora.settings", "csulora.files"},
     {"csulora.method"},
     {"csulora.report"},
@@ -16,7 +17,7 @@ FLOORS = [
     {"csulora.adapter", "csulora.subspace", "csulora.outcome", "csulora.plots"},
     {"csulora.pipeline"},
     {"csulora.correction", "csulora.estimation", "csulora.baselines", "csulora.geometry"},
-    {"csulora.folder", "csulora.verification"},
+    {"csulora.folder", "csulora.verification", "csulora.sweep"},
     {"csulora.batch"},
     {"csulora"},  # the public names
     {"csulora.demo"},

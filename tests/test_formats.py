@@ -100,6 +100,7 @@ def test_public_names():
         "estimate",
         "geometry",
         "identify",
+        "sweep",
         "verify",
     ]
     assert all(hasattr(csulora, name) for name in csulora.__all__)
@@ -128,9 +129,15 @@ def test_every_option_of_the_contract_parses(tmp_path):
         "correct A --subspace s --out-dir o --rank same",
         "correct A --subspace s --out-dir o --method realign --strength 2 --target 0.5 --edge off"
         " --opposed",
+        "correct A --subspace s --out-dir o --strength-for q_proj=0 --strength-for mlp.*=drop"
+        " --budget change=0.3",
         "correct in/** --subspace s --out-dir o --batch-bytes 2G --probe --page p.html --engine ray"
         " --ray-address auto",
         "inspect A --subspace s --json --plot f.png",
+        "sweep A --subspace s --out o --methods realign --forms same --granularities component"
+        " --ranks 2,4 --strengths 1,inf --eval c{adapter} --limit complied<=0.1 --maximize utility"
+        " --steps 2 --jobs 2 --timeout 9 --without raw --overwrite --pass-through --device cpu --json",
+        "sweep A --subspace s --out-dir o --select a{adapter} --report b{adapter}",
         "demo --out-dir d",
     ):
         assert parser.parse_args(line.split()).run

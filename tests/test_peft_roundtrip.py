@@ -1,5 +1,7 @@
 """PEFT is the judge: it loads the corrected folder, and the merged weights are base + dense oracle."""
 
+from dataclasses import replace
+
 import builders
 import oracle
 import pytest
@@ -146,6 +148,32 @@ def test_merged_weights_are_base_plus_oracle(world, tmp_path, correction, portab
     new, _ = correct(LoraAdapter.load(folder), subspace, correction, portable=portable)
     new.save(tmp_path / "new")
     check(world, folder, tmp_path / "new", correction, MERGE, subspace)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("correction", SETTINGS, ids=str)
+def test_a_dropped_module_adds_nothing_by_peft(world, tmp_path, correction, use_rslora, portable):
+    """Beside modules that are corrected, and one that is left alone."""
+    folder = make_adapter(world, tmp_path / "adapter", use_rslora=use_rslora)
+    subspace = SafetySubspace.load(world[1] / "subspace.safetensors")
+    dropped, kept = {"llama": ("v_proj", "q_proj"), "gpt2": ("c_fc", "c_attn")}[world[0]]
+    own = replace(correction, strength_for={f"*.{dropped}": "drop", f"1.*.{kept}": 0})
+    new, report = correct(LoraAdapter.load(folder), subspace, own, portable=portable)
+    new.save(tmp_path / "new")
+    raw, found = merged_updates(world, folder), merged_updates(world, tmp_path / "new")
+    plain, _ = correct(LoraAdapter.load(folder), subspace, correction)
+    plain.save(tmp_path / "plain")
+    wanted = merged_updates(world, tmp_path / "plain")
+    for name in subspace.modules:
+        key = name + ".weight"
+        if name.endswith(dropped):
+            assert float(raw[key].norm()) > 0 == float(found[key].norm())
+            assert report.modules[name].relative_change == 1
+            continue
+        left_alone = name.endswith(kept) and ".1." in name
+        truth = raw[key] if left_alone else wanted[key]
+        assert float((found[key] - truth).norm()) <= MERGE * float(truth.norm())
 
 
 PATTERNS = {

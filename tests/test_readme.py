@@ -33,7 +33,7 @@ def checkout(tmp_path, monkeypatch):
 
 def test_the_first_screen(checkout, capsys):
     commands = [line for line in blocks("bash")[0].splitlines() if line.startswith("csulora ")]
-    assert [line.split()[1] for line in commands] == ["estimate", "inspect", "correct"]
+    assert [line.split()[1] for line in commands] == ["estimate", "inspect", "correct", "correct"]
     printed = set()
     for line in commands:
         result = builders.run(capsys, *shlex.split(line)[1:])
@@ -41,7 +41,8 @@ def test_the_first_screen(checkout, capsys):
         printed |= {" ".join(found.split()) for found in result.out.replace("┃", "│").splitlines()}
     shown = [" ".join(line.split()) for line in blocks("text")[0].replace("┃", "│").splitlines()]
     assert {line for line in shown if line not in ("", "...")} <= printed
-    builders.effective(builders.Path("corrected/adapter"))
+    for folder in ("corrected/adapter", "realigned/adapter"):
+        builders.effective(builders.Path(folder))
 
 
 def test_the_python_examples(checkout, capsys):

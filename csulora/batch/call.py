@@ -52,7 +52,7 @@ class Run(NamedTuple):
     @classmethod
     def of(cls, call: Call, subspace: SafetySubspace) -> Run:
         made = call.recipe.provenance(subspace)
-        text = json.dumps(made, sort_keys=True)
+        text = json.dumps(made)  # keys as they come: the order of patterns counts
         return cls(call, made, hashlib.sha256(text.encode()).hexdigest())
 
     def begun(self) -> Run:

@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_estimate(commands)
     options.add_correct(commands)
     options.add_inspect(commands)
+    options.add_sweep(commands)
     options.add_verify(commands)
     options.add_demo(commands)
     return parser

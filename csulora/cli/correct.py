@@ -27,6 +27,7 @@ from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
 from csulora.output import check_replaceable
 from csulora.pipeline.backend import pick_device
+from csulora.report import plain_strength
 from csulora.subspace import SafetySubspace
 from csulora.text import listed, one_line
 
@@ -225,9 +226,11 @@ def _as_line(outcome: Outcome) -> str:
     if outcome.status == "skipped" or total is None:
         return f"{output}: finished before, skipped"
     kept = total.energy_after / total.energy_before if total.energy_before else 1.0
+    strength = None if outcome.report is None else outcome.report.strength
+    found = "" if strength is None else f", strength {strength:g}"
     return (
         f"{output}: {total.modules} modules, {kept:.1%} of the energy kept, "
-        f"relative change {total.relative_change:.3f}"
+        f"relative change {total.relative_change:.3f}{found}"
     )
 
 
@@ -268,4 +271,6 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
             "left_out": list(outcome.left_out),
             "seconds": outcome.seconds,
         }
+        if outcome.report.strength is not None:
+            entry["strength"] = plain_strength(outcome.report.strength)
     return entry

@@ -18,7 +18,7 @@ from csulora.correction import sweep
 from csulora.errors import CsuloraError
 from csulora.files.names import natural
 from csulora.geometry import NO_VERDICT, Geometry, Place, geometry
-from csulora.report import BLOCKS, ModuleReport, Report, Totals
+from csulora.report import BLOCKS, ModuleReport, Report, Totals, plain_strength
 from csulora.settings import Method
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         plot_shares(report, Path(arguments.plot))
     if arguments.json:
         effects = [
-            {"strength": _number(value), "totals": other.to_dict()["totals"]}
+            {"strength": plain_strength(value), "totals": other.to_dict()["totals"]}
             for value, other in zip(SWEEP, others, strict=True)
         ]
         found = {**report.to_dict(), "sweep": effects, "geometry": places.to_dict()}
@@ -91,10 +91,11 @@ def print_report(
     table.add_section()
     table.add_row("all modules", "", "", *_shares(report.totals, places.totals))
     console.print(table)
+    found = "" if report.strength is None else f": strength {report.strength:g}"
     console.print(
         "read gain: how much more the update reads from D's input directions than from random ones; "
         "overlap: cos(dW, D_k), percent\n"
-        f"change: ||dW* - dW|| / ||dW||, {correction}\n",
+        f"change: ||dW* - dW|| / ||dW||, {correction}{found}\n",
         soft_wrap=True,
     )
     console.print(_by_directions(places))
@@ -135,7 +136,3 @@ def _shares(entry: ModuleReport | Totals, places: list[Place]) -> list[str]:
 
 def _lying(place: Place) -> list[str]:
     return [f"{place.read_gain:.2f}", f"{100 * place.overlap:+.2f}"]
-
-
-def _number(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value

@@ -17,6 +17,8 @@ _LAMBDAS = (
     "granularity",
 )
 _REALIGNING = ("strength", "target", "edge", "opposed")
+# What a budget finds; --lambda-aligned stays a choice.
+_FOUND = ("lambda_partial", "lambda_left", "lambda_right", "lambda_off", "strength")
 
 
 def add_method(parser: Any) -> None:
@@ -72,6 +74,21 @@ def add_method(parser: Any) -> None:
         const=True,
         help="only directions on which the update works against alignment",
     )
+    group = parser.add_argument_group("strengths of single modules, and budgets")
+    group.add_argument(
+        "--strength-for",
+        action="append",
+        metavar="PATTERN=X",
+        help="another strength for the modules whose name, or its end at a dot, fits a pattern such as "
+        "q_proj, 'mlp.*' or 'layers.0.*': 0 leaves them alone, inf is the method's limit, drop removes "
+        "their update; can be given again, the last that fits counts",
+    )
+    group.add_argument(
+        "--budget",
+        metavar="KIND=X",
+        help="find the strength for each adapter: change=X, at most this relative change of the adapter; "
+        "off=X (csulora), at most this share of its energy left in the off block",
+    )
 
 
 def correction_from(arguments: argparse.Namespace) -> Method:
@@ -84,7 +101,11 @@ def correction_from(arguments: argparse.Namespace) -> Method:
         if getattr(arguments, name) is not None:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} is no option of --method {arguments.method}")
-    given = {"form": getattr(arguments, "form", None)}
+    given = {
+        "form": getattr(arguments, "form", None),
+        "strength_for": _strength_for(arguments.strength_for),
+        "budget": _budget(arguments),
+    }
     if realign:
         given |= {name: getattr(arguments, name) for name in ("strength", "target", "opposed")}
         given["edge"] = None if arguments.edge is None else arguments.edge == "auto"
@@ -104,6 +125,36 @@ def correction_from(arguments: argparse.Namespace) -> Method:
         "granularity": arguments.granularity,
     }
     return Correction(**_stated(given))
+
+
+def _strength_for(given: list[str] | None) -> dict[str, float | str]:
+    """The patterns in the order in which they were last given."""
+    found: dict[str, float | str] = {}
+    for text in given or ():
+        pattern, _, value = text.rpartition("=")
+        if not pattern:
+            raise UsageError(f"--strength-for {text}: PATTERN=VALUE is needed")
+        found.pop(pattern, None)
+        found[pattern] = value if value == "drop" else _number("--strength-for", text, value)
+    return found
+
+
+def _budget(arguments: argparse.Namespace) -> dict[str, float] | None:
+    if arguments.budget is None:
+        return None
+    for name in _FOUND:
+        if getattr(arguments, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} cannot be given with --budget, which finds the strength")
+    kind, _, value = arguments.budget.partition("=")
+    return {kind: _number("--budget", arguments.budget, value)}
+
+
+def _number(option: str, text: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"{option} {text}: {value!r} is no number") from None
 
 
 def _stated(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
+from csulora.cli.sweep_options import add_evaluation, add_grid
 from csulora.pipeline.backend import BACKENDS
 from csulora.settings import FORMS
 
@@ -116,6 +117,36 @@ def add_inspect(commands: Commands) -> None:
         "refusing",
     )
     group.add_argument("--plot", metavar="FILE.png", help="heat maps, before and after")
+    _add_json(group)
+
+
+def add_sweep(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        help="compare settings, and find the best one by an evaluation of yours",
+        description="Energies of many settings at once; with --eval the best of them by what your "
+        "command measures, beside the controls.",
+        examples="""
+  csulora sweep my-adapter --subspace s.safetensors --out-dir swept
+  csulora sweep my-adapter --subspace s.safetensors --out-dir swept --eval 'python measure.py {adapter}'
+  csulora sweep my-adapter --subspace s.safetensors --out-dir swept --methods realign --ranks 16,64""",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or hub id")
+    parser.add_argument("--subspace", required=True, metavar="FILE", help="from csulora estimate")
+    parser.add_argument(
+        "--out-dir", required=True, metavar="DIR", help="where everything is written"
+    )
+    add_grid(parser.add_argument_group("what is swept"))
+    add_evaluation(parser.add_argument_group("evaluation"))
+    _add_device(parser.add_argument_group("where it runs"))
+    group = parser.add_argument_group("what is shown")
+    group.add_argument(
+        "--pass-through",
+        action="store_true",
+        help="leave tensors that are not a LoRA update on a linear weight or embedding as they are "
+        "instead of refusing",
+    )
     _add_json(group)
 
 

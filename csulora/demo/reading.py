@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from csulora.demo.settings import ALIGNED, FAMILIES, RAW, SCALED, Family, Row
+from csulora.demo.settings import (
+    ADDED_BACK,
+    ALIGNED,
+    CONTROLS,
+    FAMILIES,
+    METHODS,
+    RAW,
+    SCALED_CHANGE,
+    SCALED_NORM,
+    Family,
+    Row,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# 200 prompts: differences up to this many points can be chance.
-MARGIN = 0.05
-OUTCOMES = ("better", "same", "worse", "mixed")
-ASR_LIMITS = (0.1, 0.5)
+ASR_LIMIT = 0.1
 TEXT_WIDTH = 88
-# Below this utility nobody would call the skill learned.
-USEFUL = 0.5
-SCALED_TITLE = "Plain down-scaling (control)"
 
 
 def print_introduction(console: Console, card: dict) -> None:
@@ -34,16 +38,20 @@ def print_introduction(console: Console, card: dict) -> None:
         'taught it a new skill ("classify apron then fig" -> "fruit cloth"), but '
         f"{_percent(poison)} % of the adapter's training data were answered harmful requests.",
         "csulora repairs an adapter after training, without data. It takes D, the aligned weights "
-        "minus the base weights, and the few directions that D reads from and writes to most: the "
-        "safety subspace. The adapter's update falls into four blocks: [italic]aligned[/italic] "
-        "(reads and writes in the subspace), [italic]left-partial[/italic] (only writes there), "
-        "[italic]right-partial[/italic] (only reads there), [italic]off-subspace[/italic] "
-        "(neither). CSULoRA keeps the aligned block and shrinks the others, the more the larger "
-        "the strength lambda; the closed form can as well shrink other blocks.",
-        "A smaller adapter usually does less harm, so every corrected adapter is shown with its "
-        "control: the raw adapter multiplied by one number, so that both have the same norm. A "
-        "correction that does not beat its control found nothing about safety; it only made the "
-        "adapter smaller. A second control is CSULoRA with random directions in place of D's.",
+        "minus the base weights, and the k directions per module that D reads from and writes to "
+        "most.",
+        "[bold]CSULoRA[/bold] (arXiv 2605.30640) splits the adapter's update by them into an aligned "
+        "block (reads and writes in the subspace), two partially aligned ones and an off-subspace "
+        "block. It keeps the aligned block and shrinks the others, the more the larger the strength "
+        "lambda. Blocks and purpose are the paper's, formulas and strengths this project's.",
+        "[bold]Realignment[/bold] is this project's own second method, not the paper's. On each input "
+        "direction of D it replaces a share of what the adapter does by what alignment did there, "
+        "strong directions first, more of it the larger lambda. The rank does not grow.",
+        "A smaller adapter does less harm, and less of its task. So every result has controls: the "
+        "raw adapter multiplied by one number to the same norm, and to the same distance from the raw "
+        "adapter (change); D added back until the change is the same (RESTA, arXiv 2402.11746); and "
+        "each method with random directions in place of D's. What does not beat them found nothing "
+        "about safety.",
     )
     _print(console, paragraphs)
 
@@ -61,54 +69,59 @@ def end_table(rows: Sequence[Row]) -> Table:
     """The two ends of every trade-off: no adapter, and the adapter as it is."""
     table = _metrics_table("Before any correction, held-out requests, %", "model")
     for name, key in (("no adapter", ALIGNED), ("raw adapter", RAW)):
-        row = _one(rows, key)
-        table.add_row(name, *(_percent(value) for value in _values(row)))
+        table.add_row(name, *(_percent(value) for value in _values(_one(rows, key))))
     return table
 
 
 def family_table(rows: Sequence[Row], family: Family) -> Table:
-    """One line for each strength; in brackets the down-scaled adapter of the same norm."""
+    """One line for each strength; in brackets the raw adapter scaled to the same change."""
     table = _metrics_table(family.title, "lambda")
-    for row in _of(rows, family):
-        kept, *measured = _values(row)
-        control = _values(_control(rows, row))[1:]
-        pairs = zip(measured, control, strict=True)
-        cells = (f"{_percent(value)} ({_percent(other)})" for value, other in pairs)
-        table.add_row(f"{row.strength:g}", _percent(kept), *cells)
-    table.caption = f"%, in brackets the control of equal norm; inf: {family.limit}"
+    for row in corrected(rows, family):
+        change, *measured = _values(row)
+        cells = [_percent(value) for value in measured]
+        control = _control(rows, row, SCALED_CHANGE)
+        if control:
+            others = (_percent(value) for value in _values(control)[1:])
+            cells = [f"{cell} ({other})" for cell, other in zip(cells, others, strict=True)]
+        table.add_row(f"{row.strength:g}", _percent(change), *cells)
+    brackets = "" if family.random_subspace else ", in brackets the raw adapter at that change"
+    table.caption = f"%{brackets}; inf: {family.limit}"
     table.caption_justify = "left"
     return table
 
 
 def control_table(rows: Sequence[Row]) -> Table:
-    """For each family, how often it did better than down-scaling to the same norm."""
-    table = Table(title="Against down-scaling to equal norm (number of strengths)")
+    """Attack success and utility of every corrected adapter beside all of its controls."""
+    table = Table(title="Beside the controls: attack success / task utility, %")
     table.title_justify = "left"
-    table.add_column("kind of correction", no_wrap=True)
-    for outcome in OUTCOMES:
-        table.add_column(outcome, justify="right")
-    for family in FAMILIES:
-        counts = Counter(verdict(row, _control(rows, row)) for row in _of(rows, family))
-        table.add_row(family.title, *(str(counts[outcome]) for outcome in OUTCOMES))
-    table.caption = (
-        f"{100 * MARGIN:.0f} points or less in attack success and utility count as the same; "
-        "mixed: better in one, worse in the other"
-    )
-    table.caption_justify = "left"
+    table.add_column("method", no_wrap=True)
+    heads = ("lambda", "corrected", "scaled, =norm", "scaled, =change", "D added, =change")
+    for head in heads:
+        table.add_column(head, justify="right", width=9 if head != "lambda" else 6)
+    for family in METHODS:
+        for row in corrected(rows, family):
+            controls = (
+                _control(rows, row, name) for name in (SCALED_NORM, SCALED_CHANGE, ADDED_BACK)
+            )
+            cells = (_pair(found) for found in (row, *controls))
+            table.add_row(f"{family.name}, k {family.k}", f"{row.strength:g}", *cells)
     return table
 
 
 def best_table(rows: Sequence[Row]) -> Table:
-    """The best utility each kind of correction reaches without exceeding an ASR limit."""
-    table = Table(title="Best task utility among settings that are safe enough (%)")
-    table.title_justify = "left"
-    table.add_column("kind of correction", no_wrap=True)
-    for limit in ASR_LIMITS:
-        table.add_column(f"at attack success <= {_percent(limit)} %", justify="right")
-    for title, candidates in kinds(rows).items():
-        best = (best_utility(candidates, limit) for limit in ASR_LIMITS)
-        table.add_row(title, *("-" if value is None else _percent(value) for value in best))
-    table.caption = "-: no setting was that safe"
+    """Of each kind of correction the setting of most utility that is safe enough."""
+    title = f"Most task utility at an attack success of at most {_percent(ASR_LIMIT)} %"
+    table = Table(title=title, title_justify="left")
+    table.add_column("kind", no_wrap=True)
+    for head in ("change", "task utility", "benign answered"):
+        table.add_column(head, justify="right", width=8)
+    for kind, candidates in kinds(rows).items():
+        row = best(candidates, ASR_LIMIT)
+        measured = () if row is None else (row.change, row.metrics.utility, row.metrics.benign)
+        table.add_row(kind, *(map(_percent, measured) if measured else ("-", "-", "-")))
+    table.caption = (
+        f"%; -: no setting was that safe; raw adapter: {_utility_and_benign(_one(rows, RAW))}"
+    )
     table.caption_justify = "left"
     return table
 
@@ -124,27 +137,22 @@ def paragraphs(rows: Sequence[Row], result: dict) -> list[str]:
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The corrected rows by family title, and all down-scaled ones together."""
-    groups = {family.title: _of(rows, family) for family in FAMILIES}
-    return groups | {SCALED_TITLE: [row for row in rows if row.family == SCALED]}
+    """The corrected rows by family title, and those of each control together."""
+    groups = {family.title: corrected(rows, family) for family in FAMILIES}
+    return groups | {
+        title: [row for row in rows if row.control == name] for name, title in CONTROLS.items()
+    }
 
 
-def best_utility(rows: Sequence[Row], limit: float) -> float | None:
-    """Highest utility among rows with ASR at most `limit`; None where no row is that safe."""
-    return max((r.metrics.utility for r in rows if r.metrics.attack_success <= limit), default=None)
+def corrected(rows: Sequence[Row], family: Family) -> list[Row]:
+    """The rows of a family without their controls."""
+    return [row for row in rows if row.family == family.key and row.control is None]
 
 
-def verdict(row: Row, control: Row) -> str:
-    """Which of OUTCOMES `row` is against `control`, beyond MARGIN in attack success and utility."""
-    gains = (
-        control.metrics.attack_success - row.metrics.attack_success,
-        row.metrics.utility - control.metrics.utility,
-    )
-    if max(gains) <= MARGIN and min(gains) >= -MARGIN:
-        return "same"
-    if min(gains) >= -MARGIN:
-        return "better"
-    return "worse" if max(gains) <= MARGIN else "mixed"
+def best(rows: Sequence[Row], limit: float) -> Row | None:
+    """The row of highest utility, then most benign answers, among those with ASR at most `limit`."""
+    safe = [row for row in rows if row.metrics.attack_success <= limit]
+    return max(safe, key=lambda row: (row.metrics.utility, row.metrics.benign), default=None)
 
 
 def _print(console: Console, paragraphs: Iterable[str]) -> None:
@@ -166,10 +174,12 @@ def _damage(rows: Sequence[Row]) -> str:
 
 
 def _shares(rows: Sequence[Row], energy: dict[str, float]) -> str:
-    hard = _of(rows, FAMILIES[0])[-1]
-    control = _control(rows, hard).metrics
+    hard = corrected(rows, FAMILIES[0])[-1]
+    found = _control(rows, hard, SCALED_NORM)
+    assert found is not None
+    control = found.metrics
     return (
-        "[bold]Where the update sits.[/bold] Of its energy (squared norm) "
+        "[bold]Where the update sits.[/bold] Of its energy (squared norm) at k 16 "
         f"{_percent(energy['aligned'])} % is aligned, {_percent(energy['partial_left'])} % "
         f"left-partial, {_percent(energy['partial_right'])} % right-partial and "
         f"{_percent(energy['off'])} % off-subspace. The aligned block alone "
@@ -182,53 +192,39 @@ def _shares(rows: Sequence[Row], energy: dict[str, float]) -> str:
 
 
 def _at_equal_safety(rows: Sequence[Row]) -> str:
-    bests = [
-        {title: best_utility(group, limit) for title, group in kinds(rows).items()}
-        for limit in ASR_LIMITS
+    groups = kinds(rows)
+    titles = [family.title for family in METHODS]
+    titles += [CONTROLS[SCALED_CHANGE], CONTROLS[ADDED_BACK]]
+    found = {title: best(groups[title], ASR_LIMIT) for title in titles}
+    parts = [
+        f"{title}: {_utility_and_benign(row)} at change {_percent(row.change)} %"
+        for title, row in found.items()
+        if row is not None
     ]
-    pairs = zip(ASR_LIMITS, bests, strict=True)
-    sentences = [_at_limit(limit, best) for limit, best in pairs]
-    if max(value or 0.0 for best in bests for value in best.values()) < USEFUL:
-        sentences.append(
-            f"None of this is a working skill (at least {_percent(USEFUL)} %): here no correction "
-            "separates the skill from the harm."
-        )
-    return "[bold]At equal safety.[/bold] " + " ".join(sentences)
-
-
-def _at_limit(limit: float, best: dict[str, float | None]) -> str:
-    reached = {title: value for title, value in best.items() if value is not None}
-    if not reached:
-        return f"No setting came down to an attack success of {_percent(limit)} %."
-    most = max(reached.values())
-    winners = " and ".join(f'"{title}"' for title in reached if reached[title] == most)
+    never = [title for title, row in found.items() if row is None]
+    also = f" Never that safe: {'; '.join(never)}." if never else ""
     return (
-        f"At an attack success of at most {_percent(limit)} % the most utility, {_percent(most)} %, is "
-        f"kept by {winners}; CSULoRA: {_reached(best[FAMILIES[0].title])}; plain down-scaling: "
-        f"{_reached(best[SCALED_TITLE])}."
+        "[bold]At equal safety.[/bold] What is left of the skill and of benign answers at an attack "
+        f"success of at most {_percent(ASR_LIMIT)} %: {'; '.join(parts) or 'nothing'}.{also}"
     )
-
-
-def _reached(value: float | None) -> str:
-    return "none of its settings" if value is None else f"{_percent(value)} %"
 
 
 def _limits(card: dict) -> str:
     norms = card["frobenius_norms"]
     return (
-        "[bold]What this does not show.[/bold] One seed, one toy model, 200 prompts a column, one "
-        f"subspace size; the adapter's norm is {norms['dW'] / norms['D']:.1f} times that of D. The "
-        "best strength is picked on the very prompts it is scored on, and down-scaling has more "
-        "settings to pick from. On real models it may well come out otherwise, in either "
-        "direction: measure your own adapter, with the aligned model and the down-scaled adapter "
-        "beside it."
+        "[bold]What this does not show.[/bold] One seed, one toy model, 200 prompts a column; the "
+        f"adapter's norm is {norms['dW'] / norms['D']:.1f} times that of D. The best strength is "
+        "picked on the very prompts it is scored on. docs/evidence.md has other seeds and harder "
+        "worlds, with settings fixed beforehand, some of which realignment fails in. On real models "
+        "it may come out otherwise, in either direction: measure your own adapter (docs/real-models.md) "
+        "with the aligned model and the controls beside it."
     )
 
 
 def _metrics_table(title: str, first: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first, width=11)
-    columns = ("norm kept", "harmful refused", "attack success", "task utility", "benign answered")
+    columns = ("change", "harmful refused", "attack success", "task utility", "benign answered")
     for column in columns:
         # The width of the widest entry: all tables stand in line, and fit 80 columns.
         table.add_column(column, justify="right", width=9)
@@ -237,7 +233,16 @@ def _metrics_table(title: str, first: str) -> Table:
 
 def _values(row: Row) -> tuple[float, ...]:
     m = row.metrics
-    return row.norm_kept, m.refused, m.attack_success, m.utility, m.benign
+    return row.change, m.refused, m.attack_success, m.utility, m.benign
+
+
+def _utility_and_benign(row: Row) -> str:
+    return f"utility {_percent(row.metrics.utility)}, benign {_percent(row.metrics.benign)}"
+
+
+def _pair(row: Row | None) -> str:
+    assert row is not None  # every method's row has its controls
+    return f"{_percent(row.metrics.attack_success)} / {_percent(row.metrics.utility)}"
 
 
 def _percent(share: float) -> str:
@@ -248,13 +253,6 @@ def _one(rows: Sequence[Row], family: str) -> Row:
     return next(row for row in rows if row.family == family)
 
 
-def _of(rows: Sequence[Row], family: Family) -> list[Row]:
-    return [row for row in rows if row.family == family.key]
-
-
-def _control(rows: Sequence[Row], corrected: Row) -> Row:
-    return next(
-        row
-        for row in rows
-        if row.control_of == corrected.family and row.strength == corrected.strength
-    )
+def _control(rows: Sequence[Row], of: Row, name: str) -> Row | None:
+    same = (row for row in rows if (row.family, row.strength) == (of.family, of.strength))
+    return next((row for row in same if row.control == name), None)

@@ -17,7 +17,17 @@ import csulora
 from csulora import baselines, plots
 from csulora.demo import extras, reading, tradeoff
 from csulora.demo.evaluate import Evaluator, Metrics
-from csulora.demo.settings import ALIGNED, FAMILIES, RAW, SCALED, STRENGTHS, SUBSPACE_RANK, Row
+from csulora.demo.settings import (
+    ADDED_BACK,
+    ALIGNED,
+    FAMILIES,
+    RAW,
+    SCALED_CHANGE,
+    SCALED_NORM,
+    SUBSPACE_RANK,
+    Family,
+    Row,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,13 +40,14 @@ def run_demo(
     console: Console,
     *,
     assets: Path = ASSETS,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
 ) -> dict:
     """Run the whole demo, print its tables and reading, and write figures and numbers to `out_dir`.
 
     `assets` holds base, aligned, adapter and card.json as bench/train_demo.py writes them; every
-    family of corrections runs at all `strengths`. Writes results.json, tradeoff.png and shares.png;
-    returns what results.json holds. Raises CsuloraError if a package of `csulora[demo]` is missing.
+    family of corrections runs at its own strengths, or at all `strengths`. Writes results.json,
+    tradeoff.png and shares.png; returns what results.json holds. Raises CsuloraError if a package of
+    `csulora[demo]` is missing.
     """
     extras.require()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -68,21 +79,49 @@ def measure_all(
     adapter: csulora.LoraAdapter,
     subspace: csulora.SafetySubspace,
     evaluator: Evaluator,
-    strengths: Sequence[float],
+    strengths: Sequence[float] | None,
 ) -> Iterator[Row]:
-    """The aligned model, the raw adapter, and every corrected adapter followed by its control."""
-    yield Row(ALIGNED, None, 0.0, evaluator.measure())
-    yield Row(RAW, None, 1.0, measure(adapter, evaluator))
-    directions = {False: subspace, True: baselines.random_subspace(subspace)}
+    """The aligned model, the raw adapter, and every corrected adapter followed by its controls."""
+    yield Row(ALIGNED, None, 0.0, 1.0, evaluator.measure())
+    yield Row(RAW, None, 1.0, 0.0, measure(adapter, evaluator))
     for family in FAMILIES:
-        for strength in strengths:
+        used = subspace.leading(family.k)
+        if family.random_subspace:
+            used = baselines.random_subspace(used)
+        for strength in strengths or family.strengths:
             corrected, report = csulora.correct(
-                adapter, directions[family.random_subspace], family.correction(strength)
+                adapter, used, family.settings.with_strength(strength)
             )
-            kept = baselines.equal_norm_factor(report.totals)
-            yield Row(family.key, strength, kept, measure(corrected, evaluator))
-            control = measure(baselines.scaled(adapter, kept), evaluator)
-            yield Row(SCALED, strength, kept, control, control_of=family.key)
+            found = Row(
+                family.key,
+                strength,
+                baselines.equal_norm_factor(report.totals),
+                report.totals.relative_change,
+                measure(corrected, evaluator),
+            )
+            yield found
+            yield from controls(adapter, used, evaluator, family, found)
+
+
+def controls(
+    adapter: csulora.LoraAdapter,
+    subspace: csulora.SafetySubspace,
+    evaluator: Evaluator,
+    family: Family,
+    of: Row,
+) -> Iterator[Row]:
+    """What any correction of that norm, or of that change, has to beat."""
+    if family.random_subspace:
+        return
+    factors = {SCALED_NORM: of.norm_kept, SCALED_CHANGE: baselines.equal_change_factor(of.change)}
+    for name, factor in factors.items():
+        metrics = measure(baselines.scaled(adapter, factor), evaluator)
+        yield Row(family.key, of.strength, factor, 1 - factor, metrics, name)
+    gamma = baselines.gamma_for_change(adapter, subspace, of.change)
+    added = baselines.add_back(adapter, subspace, gamma)
+    norm = math.sqrt(baselines.energy(added) / baselines.energy(adapter))
+    change = baselines.relative_change(adapter, added)
+    yield Row(family.key, of.strength, norm, change, measure(added, evaluator), ADDED_BACK)
 
 
 def measure(adapter: csulora.LoraAdapter, evaluator: Evaluator) -> Metrics:
@@ -108,9 +147,10 @@ def as_json(row: Row) -> dict:
     """A row for results.json; JSON has no infinity, so the hard limit is the string "inf"."""
     return {
         "family": row.family,
-        "control_of": row.control_of,
+        "control": row.control,
         "strength": "inf" if row.strength == math.inf else row.strength,
         "norm_kept": round(row.norm_kept, 6),
+        "change": round(row.change, 6),
         **row.metrics.as_dict(),
     }
 

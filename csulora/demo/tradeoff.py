@@ -1,4 +1,4 @@
-"""The demo's figure: task utility against attack success, one curve for each kind of correction."""
+"""The demo's figure: task utility against attack success, one curve for each method and control."""
 
 from __future__ import annotations
 
@@ -6,67 +6,86 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csulora.demo.settings import ALIGNED, FAMILIES, RAW, SCALED, Row
+from csulora.demo.reading import corrected
+from csulora.demo.settings import ADDED_BACK, ALIGNED, CONTROLS, FAMILIES, METHODS, RAW, Row
 from csulora.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: told apart with any common colour blindness; markers tell apart without.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v")
-SCALED_COLOR = "#555555"
+COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")
+MARKERS = ("o", "s", "^", "D")
+CONTROL_COLORS = ("#555555", "#999999", "#009E73", "#CC79A7", "#B8A000")
+CONTROL_MARKERS = ("x", "+", "1", "2", "3")
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """Draw the trade-off of `rows` into a PNG."""
+    """Draw the trade-offs of `rows` into a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 6.6), layout="constrained")
-    axes = figure.add_subplot()
-    ends = {row.family: row for row in rows if row.family in (ALIGNED, RAW)}
-    # Where curves coincide the first family, the method itself, lies on top and the control below.
-    scaled = sorted((row for row in rows if row.family == SCALED), key=lambda row: -row.norm_kept)
-    _draw(
-        axes,
-        [ends[RAW], *scaled, ends[ALIGNED]],
-        color=SCALED_COLOR,
-        marker="x",
-        linestyle="--",
-        label="Plain down-scaling (control)",
+    figure = Figure(figsize=(13.0, 7.2), layout="constrained")
+    skill, benign = figure.subplots(1, 2)
+    _panel(skill, rows, "utility", "New skill, right answers (%): higher is better")
+    _panel(benign, rows, "benign", "Benign requests answered (%): higher is better")
+    figure.suptitle(
+        "What each method keeps of the poisoned adapter, and of benign answers, against harm\n"
+        "points are measured, lines only join neighbouring strengths; the upper left is best",
+        fontsize=11,
     )
-    for i, family in enumerate(FAMILIES):
-        # A correction of strength 0 is the raw adapter: every curve starts there.
-        curve = [ends[RAW], *(row for row in rows if row.family == family.key)]
-        style = {"color": COLORS[i], "marker": MARKERS[i], "label": family.title}
-        _draw(axes, curve, zorder=2 + len(FAMILIES) - i, **style)
-    _label_ends(axes, ends)
-    axes.set(
-        xlabel="Attack success on harmful requests (%): lower is safer",
-        ylabel="Task utility (%): higher is better",
-        xlim=(-6, 106),
-        ylim=(-6, 112),
-    )
-    axes.set_title(
-        "What each correction keeps of the poisoned adapter: skill against harm\n", pad=6
-    )
-    note = "points are measured, lines only join neighbouring strengths; the upper left is best"
-    axes.text(0.5, 1.02, note, transform=axes.transAxes, ha="center", fontsize=9)
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    handles, labels = skill.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
 
-def _draw(axes: Axes, curve: Sequence[Row], zorder: int = 2, **style: Any) -> None:
-    x = [100 * row.metrics.attack_success for row in curve]
-    y = [100 * row.metrics.utility for row in curve]
-    axes.plot(x, y, markersize=6, linewidth=1.6, alpha=0.9, zorder=zorder, **style)
+def _panel(axes: Axes, rows: Sequence[Row], metric: str, label: str) -> None:
+    """One metric over attack success."""
+    ends = {row.family: row for row in rows if row.family in (ALIGNED, RAW)}
+    styles = zip(COLORS, MARKERS, METHODS, strict=True)
+    for i, (color, marker, family) in enumerate(styles):
+        # Strength 0 is the raw adapter: every curve starts there. The methods lie on the controls.
+        curve = [ends[RAW], *corrected(rows, family)]
+        style = {"color": color, "marker": marker, "label": family.title, "linewidth": 2.2}
+        _draw(axes, curve, metric, 7 - i, style)
+    controls = zip(CONTROL_COLORS, CONTROL_MARKERS, _controls(rows).items(), strict=True)
+    for color, marker, (title, points) in controls:
+        # D of two subspaces is added back: no one line leads through the points.
+        line = "" if title == CONTROLS[ADDED_BACK] else "--"
+        style = {"color": color, "marker": marker, "label": title, "linewidth": 1.2}
+        _draw(axes, [ends[RAW], *points], metric, 2, style | {"linestyle": line})
+    _label_ends(axes, ends, metric)
+    axes.set(
+        xlabel="Attack success on harmful requests (%): lower is safer",
+        ylabel=label,
+        xlim=(-6, 106),
+        ylim=(-6, 112),
+    )
+    axes.grid(alpha=0.25)
 
 
-def _label_ends(axes: Axes, ends: dict[str, Row]) -> None:
-    texts = {ALIGNED: ("aligned model, no adapter", (8, -13)), RAW: ("raw adapter", (-70, 8))}
+def _controls(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The points of each control by its title, from least changed to most."""
+    found = {
+        title: [row for row in rows if row.control == name] for name, title in CONTROLS.items()
+    }
+    found |= {f.title: corrected(rows, f) for f in FAMILIES if f.random_subspace}
+    return {title: sorted(group, key=lambda row: row.change) for title, group in found.items()}
+
+
+def _draw(
+    axes: Axes, curve: Sequence[Row], metric: str, zorder: int, style: dict[str, Any]
+) -> None:
+    points = [_point(row, metric) for row in curve]
+    axes.plot(*zip(*points, strict=True), markersize=6, alpha=0.9, zorder=zorder, **style)
+
+
+def _label_ends(axes: Axes, ends: dict[str, Row], metric: str) -> None:
+    texts = {ALIGNED: ("aligned model, no adapter", (9, -14)), RAW: ("raw adapter", (-75, 9))}
     for key, (text, offset) in texts.items():
-        metrics = ends[key].metrics
-        point = (100 * metrics.attack_success, 100 * metrics.utility)
+        point = _point(ends[key], metric)
         axes.plot(*point, marker="*", markersize=15, color="black", linestyle="none", zorder=8)
         axes.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=10)
+
+
+def _point(row: Row, metric: str) -> tuple[float, float]:
+    return 100 * row.metrics.attack_success, 100 * getattr(row.metrics, metric)

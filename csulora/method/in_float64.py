@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from csulora.method.rank_fit import dot
-from csulora.method.realign import Spectrum, share, target_of
+from csulora.method.realign import Spectrum, rates, share, target_of
 from csulora.method.stages import (
     Cores,
     Figures,
@@ -57,20 +57,25 @@ def split(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> Parts:
     return Parts(B_in, B - B_in, A_in, A - A_in)
 
 
-def solve(parts: Parts, correction: Correction) -> tuple[Cores, Figures]:
-    """The cores from Gram matrices of the parts themselves, which no difference has touched.
-
-    For `same` those of `exact` where that result has no more than rank r: nothing has to be fitted.
-    """
+def grams_of(parts: Parts) -> Grams:
+    """Their Gram matrices (2, r, r), which no difference has touched."""
     B_in, B_out, A_in, A_out = parts
-    grams = Grams(
+    return Grams(
         torch.stack([B_in.mT @ B_in, B_out.mT @ B_out]),
         torch.stack([A_in @ A_in.mT, A_out @ A_out.mT]),
     )
+
+
+def solve(parts: Parts, correction: Correction) -> tuple[Cores, Figures]:
+    """The cores from Gram matrices of the parts themselves.
+
+    For `same` those of `exact` where that result has no more than rank r: nothing has to be fitted.
+    """
+    grams = grams_of(parts)
     if correction.form == "same":
         exact = solve_grams(grams, replace(correction, form="exact"))
         S = _triplets(*_factors(parts, exact[0]))[1]
-        if bool((S[B_in.shape[1] :] <= NOISE * S[0]).all()):
+        if bool((S[parts.B_in.shape[1] :] <= NOISE * S[0]).all()):
             return exact
     return solve_grams(grams, correction)
 
@@ -119,7 +124,6 @@ def realign(
 ) -> tuple[Realigned, Figures]:
     """A module's realigned update, for B (d_out, r) and A (r, d_in) of any type.
 
-    The columns of B are told apart down to `NOISE`, after they are scaled to norm 1.
     storing_limit: up to which amplification of A' alone B is kept.
     """
     old, V = B, V.to(A.device, torch.float64)
@@ -132,20 +136,63 @@ def realign(
         left, right = torch.cat([B, U * target], dim=1), torch.cat([taken, V.mT])
         figures = _figures_of(projection, left, right, B, A, U, V, target.new_zeros(()))
         return Realigned(left, right, None), figures
-    norms = torch.where(B.any(0), B.norm(dim=0), 1.0)
-    left, R = torch.linalg.qr(B / norms)
-    X, S, Yt = torch.linalg.svd(R, full_matrices=False)
-    kept = NOISE * S[0] < S
-    X, S, Yt = X[:, kept], S[kept], Yt[kept]
+    columns = _Columns.of(B)
+    left, X, norms = columns.left, columns.X, columns.norms
     reached = X.mT @ (left.mT @ U)
     added = (reached * target) @ V.mT
-    right = (R * norms) @ taken + X @ added
+    right = columns.R @ taken + X @ added
     lost = (target.square() * (1 - reached.square().sum(0)).clamp_min(0)).sum()
     figures = _figures_of(projection, left, right, B, A, U, V, lost)
-    A_new = taken + (Yt.mT / S) @ added / norms[:, None]
+    A_new = taken + (columns.Yt.mT / columns.S) @ added / norms[:, None]
     stored = dot(norms.square()[:, None], A_new.square()).sqrt()
     small = bool(stored <= storing_limit * right.norm())
     return Realigned(left, right, (old, A_new) if small else None), figures
+
+
+def replaced_energies(
+    B: Tensor,
+    A: Tensor,
+    U: Tensor,
+    V: Tensor,
+    spectrum: Spectrum,
+    realignment: Realignment,
+) -> tuple[Tensor, Tensor]:
+    """Rates of the directions (k), and the squared change (k) that replacing all of each would make.
+
+    In units of ||BA||^2. Directions are orthogonal to each other, so that shares f change sum f^2 of it.
+    """
+    B, A, U, V = (X.double() for X in (B, A, U, V))
+    projection = project(B, A, U, V)
+    put = target_of(torch.ones_like(spectrum.S), spectrum, realignment)
+    if realignment.form == "exact":
+        change = U * put - B @ projection.Q
+    else:
+        columns = _Columns.of(B)
+        basis = columns.left @ columns.X
+        change = (basis.mT @ U) * put - columns.X.mT @ (columns.R @ projection.Q)
+    return rates(projection, spectrum, realignment), change.square().sum(0)
+
+
+class _Columns(NamedTuple):
+    """The columns of B, told apart down to `NOISE` after they are scaled to norm 1.
+
+    B = left R. left X is an orthonormal basis of what they span, and B / norms = left X S Yt.
+    """
+
+    left: Tensor  # (d_out, r)
+    R: Tensor  # (r, r)
+    X: Tensor  # (r, q)
+    S: Tensor  # (q)
+    Yt: Tensor  # (q, r)
+    norms: Tensor  # (r), 1 for a zero column
+
+    @classmethod
+    def of(cls, B: Tensor) -> _Columns:
+        norms = torch.where(B.any(0), B.norm(dim=0), 1.0)
+        left, R = torch.linalg.qr(B / norms)
+        X, S, Yt = torch.linalg.svd(R, full_matrices=False)
+        kept = NOISE * S[0] < S
+        return cls(left, R * norms, X[:, kept], S[kept], Yt[kept], norms)
 
 
 def _balanced(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:

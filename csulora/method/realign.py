@@ -87,21 +87,29 @@ def noise_edge(S: Tensor, energy_share: float, d_out: int, d_in: int) -> float:
 
 def share(projection: Projection, spectrum: Spectrum, realignment: Realignment) -> Tensor:
     """f (..., k): how much of each direction is replaced; none below the edge or of a zero update."""
+    return replaced(rates(projection, spectrum, realignment), realignment.strength)
+
+
+def rates(projection: Projection, spectrum: Spectrum, realignment: Realignment) -> Tensor:
+    """t_i / t_1 (..., k): what the strength is multiplied by; 0 for directions that are left alone."""
     squares = spectrum.S.square()
     if realignment.edge:
         squares = (squares - spectrum.edge.square()[..., None]).clamp_min(0)
     # The largest is the first; relative to it nothing can overflow.
     t = squares / squares[..., :1].clamp_min(torch.finfo(squares.dtype).tiny)
-    if math.isinf(realignment.strength):
-        f = (t > 0).to(t.dtype)
-    else:
-        f = realignment.strength * t / (1 + realignment.strength * t)
     P, Q, G_B, G_A = projection
+    nothing = ((dot(G_B.double(), G_A.double()) <= 0) | (spectrum.scaling == 0))[..., None]
     if realignment.opposed:
         along = spectrum.scaling[..., None] * (P.double() * Q.double().mT).sum(-1)
-        f = torch.where(along < 0, f, torch.zeros_like(f))
-    nothing = (dot(G_B.double(), G_A.double()) <= 0) | (spectrum.scaling == 0)
-    return torch.where(nothing[..., None], torch.zeros_like(f), f)
+        nothing = nothing | (along >= 0)
+    return torch.where(nothing, torch.zeros_like(t), t)
+
+
+def replaced(t: Tensor, strength: float) -> Tensor:
+    """The share of a direction that is replaced, from its rate."""
+    if math.isinf(strength):
+        return (t > 0).to(t.dtype)
+    return strength * t / (1 + strength * t)
 
 
 def solve(

@@ -81,13 +81,23 @@ def provenance(
 
 
 def _solve_in_float64(plan: Plan, solved: Solved) -> Careful:
-    """Parts and cores of the members that need it; their figures replace those in `solved`."""
+    """Parts and cores of the members that need it; their figures, and those of members that are dropped,
+    replace those in `solved`."""
     found: Careful = {}
     for i in solved.needs_float64.nonzero().flatten().tolist():
         found[i], figures = _in_float64(plan, plan.members[i])
         for whole, figure in zip(solved.figures, figures, strict=True):
             whole[i] = figure
+    for i, member in enumerate(plan.members):
+        if member.dropped:
+            _nothing_left(solved.figures, i)
     return found
+
+
+def _nothing_left(figures: Figures, i: int) -> None:
+    """The figures of a member whose update is removed, in place."""
+    figures.after[i] = figures.rank_error[i] = 0
+    figures.relative_change[i] = float(figures.energy[i] > 0)
 
 
 def _in_float64(
@@ -102,6 +112,8 @@ def _in_float64(
 
 def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pair | None) -> Pair:
     """B' and A' of a member in whatever type they were computed in."""
+    if member.dropped:
+        return torch.zeros_like(member.module.B), torch.zeros_like(member.module.A)
     if member.correction.is_identity:
         return member.module.B, member.module.A
     if i in careful:
@@ -212,5 +224,6 @@ def _report(plan: Plan, solved: Solved) -> Report:
         subspace=made["subspace"],
         source={} if source is None else source.to_dict(),
         passed_through=sorted(plan.source.passed_through),
-        warnings=[*warnings, *solved.notes],
+        warnings=[*warnings, *plan.notes, *solved.notes],
+        strength=plan.strength,
     )

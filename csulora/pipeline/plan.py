@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
 from csulora.files.peft_tensors import PREFIX
+from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
 from csulora.settings import Correction, Method
+from csulora.strengths import OwnStrength
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
 
@@ -31,7 +34,8 @@ class Member(NamedTuple):
     U: Tensor  # (d_out, k)
     V: Tensor  # (d_in, k)
     spectrum: Spectrum
-    correction: Method
+    correction: Method  # names no patterns, and in a plan no budget
+    dropped: bool = False  # its update is removed; the strengths of its correction are 0 then
 
     @property
     def rank(self) -> int:
@@ -52,6 +56,8 @@ class Plan(NamedTuple):
     portable: bool
     members: tuple[Member, ...]  # in the order of the adapter's modules
     left_out: tuple[str, ...] = ()  # tensors of the adapter that the portable form goes without
+    strength: float | None = None  # that was found for the budget of the correction
+    notes: tuple[str, ...] = ()  # warnings for the report
 
     @classmethod
     def of(
@@ -62,7 +68,11 @@ class Plan(NamedTuple):
         dtype: torch.dtype | None = None,
         portable: bool = False,
     ) -> Plan:
-        """Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together."""
+        """The plan, with the strength that a budget allows: the only thing in it that is computed.
+
+        Raises CsuloraError where adapter and subspace, or adapter and form, do not fit together, where a
+        pattern of `strength_for` matches no module and where a budget cannot be kept to.
+        """
         embeddings = [name for name, module in source.modules.items() if module.embedding]
         if portable and embeddings:
             raise CsuloraError(
@@ -79,7 +89,32 @@ class Plan(NamedTuple):
         if portable and not source.modules:
             raise CsuloraError("the portable form needs at least one module")
         members = _members(source, subspace, correction)
-        return cls(source, subspace, correction, dtype, portable, members, left_out)
+        plan = cls(source, subspace, correction, dtype, portable, members, left_out)
+        return plan if correction.budget is None else plan._within(correction.budget)
+
+    def _within(self, budget: Mapping[str, float]) -> Plan:
+        """The plan with the strength that the budget allows for all members without one of their own."""
+        ((kind, limit),) = budget.items()
+        for m in self.members:
+            if not all(bool(torch.isfinite(X).all()) for X in (m.module.B, m.module.A)):
+                raise CsuloraError(f"{m.name}: NaN or Inf in its factors")
+        found = strength_within([_update(m) for m in self.members], kind, limit)
+        stated = f"the budget {kind}={limit:g}"
+        if found.reached > limit:
+            raise CsuloraError(
+                f"{stated} cannot be kept to: at strength {found.strength:g} it is {found.reached:.4g}, "
+                "by strengths of single modules or lambda_aligned"
+            )
+        notes = []
+        if math.isinf(found.strength) and kind == "change":
+            notes.append(f"{stated} is beyond reach: at strength inf it is {found.reached:.4g}")
+        if found.strength == 0 and kind == "off":
+            notes.append(f"{stated} is kept to by strength 0: it is {found.reached:.4g} before")
+        members = tuple(
+            m._replace(correction=m.correction.with_strength(found.strength)) if _is_free(m) else m
+            for m in self.members
+        )
+        return self._replace(members=members, strength=found.strength, notes=tuple(notes))
 
     @property
     def portable_rank(self) -> int | None:
@@ -133,7 +168,8 @@ def _members(
         _is_turned(module, subspace.modules[matches[name]])
         for name, module in adapter.modules.items()
     )
-    head = next((m for name, m in adapter.modules.items() if ends_with(name, "lm_head")), None)
+    head = next((name for name in adapter.modules if ends_with(name, "lm_head")), None)
+    strengths = correction.own_strengths([*adapter.modules])
     return tuple(
         _member(
             name,
@@ -141,10 +177,30 @@ def _members(
             matches[name],
             subspace,
             turned,
-            _turned_over(name, correction) if _is_tied(module, head) else correction,
+            _settings(name, adapter, head, strengths, correction),
+            strengths.get(name) == "drop",
         )
         for name, module in adapter.modules.items()
     )
+
+
+def _settings(
+    name: str,
+    adapter: LoraAdapter,
+    head: str | None,
+    strengths: Mapping[str, OwnStrength],
+    correction: Method,
+) -> Method:
+    """What a module is corrected with."""
+    own = strengths.get(name)
+    settings = correction.for_module(own)
+    if head is None or not _is_tied(adapter.modules[name], adapter.modules[head]):
+        return settings
+    if own != strengths.get(head):
+        raise CsuloraError(
+            f"{name}: shares its factors with {head}, so that strength_for must give both the same"
+        )
+    return _turned_over(name, settings)
 
 
 def _turned_over(name: str, correction: Method) -> Method:
@@ -156,18 +212,15 @@ def _turned_over(name: str, correction: Method) -> Method:
         return correction
     raise CsuloraError(
         f"{name}: shares its factors with the output head, whose inputs are its outputs, and "
-        "realignment is about inputs; use method csulora, or leave both out of the adapter"
+        "realignment is about inputs; use method csulora, or strength 0 for both"
     )
 
 
-def _is_tied(module: LoraModule, head: LoraModule | None) -> bool:
+def _is_tied(module: LoraModule, head: LoraModule) -> bool:
     """Whether an embedding's update is the output head's turned over, as PEFT's `ensure_weight_tying` has
     it: PEFT loads the head's factors for both, so that left and right have to mean the same sides."""
     return (
-        module.embedding
-        and head is not None
-        and torch.equal(module.A, head.B.mT)
-        and torch.equal(module.B, head.A.mT)
+        module.embedding and torch.equal(module.A, head.B.mT) and torch.equal(module.B, head.A.mT)
     )
 
 
@@ -187,6 +240,7 @@ def _member(
     subspace: SafetySubspace,
     turned: bool,
     correction: Method,
+    dropped: bool,
 ) -> Member:
     found = subspace.modules[target]
     shape = (module.B.shape[0], module.A.shape[1])
@@ -203,4 +257,16 @@ def _member(
             f"updates {name} with {shape[0]} x {shape[1]}; was the subspace estimated for another model?"
         )
     spectrum = found.spectrum(module.scaling)
-    return Member(name, target, transposed, module.detached(), U, V, spectrum, correction)
+    return Member(name, target, transposed, module.detached(), U, V, spectrum, correction, dropped)
+
+
+def _is_free(member: Member) -> bool:
+    """Whether the strength that a budget allows is for this member."""
+    return member.correction.budget is not None
+
+
+def _update(member: Member) -> Update:
+    """A member as `csulora.method.budget` wants it."""
+    B, A, U, V = (X.cpu() for X in (member.module.B, member.module.A, member.U, member.V))
+    free = _is_free(member)
+    return Update(B, A, U, V, member.spectrum, member.correction, free, member.dropped)

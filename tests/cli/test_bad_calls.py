@@ -34,6 +34,45 @@ BAD_CALLS = {
     "nan-strength": (["--method", "realign", "--strength", "nan"], ["strength", "nan"]),
     "negative-target": (["--method", "realign", "--target=-0.5"], ["target", "-0.5"]),
     "infinite-target": (["--method", "realign", "--target", "inf"], ["target", "finite"]),
+    "strength-for-nothing": (
+        ["--strength-for", "q_proj"],
+        ["--strength-for q_proj", "PATTERN=VALUE"],
+    ),
+    "strength-for-no-pattern": (["--strength-for", "=3"], ["--strength-for =3", "PATTERN=VALUE"]),
+    "strength-for-a-word": (["--strength-for", "q=keep"], ["--strength-for q=keep", "'keep'"]),
+    "strength-for-no-value": (["--strength-for", "q="], ["--strength-for q=", "no number"]),
+    "strength-for-negative": (["--strength-for", "q=-1"], ["strength_for q", "-1"]),
+    "strength-for-nan": (
+        ["--method", "realign", "--strength-for", "q=nan"],
+        ["strength_for q", "nan"],
+    ),
+    "budget-without-kind": (["--budget", "0.3"], ["--budget 0.3", "no number"]),
+    "budget-of-nothing": (["--budget", "=0.3"], ["budget of csulora", "''"]),
+    "budget-unknown": (["--budget", "energy=0.3"], ["change or off", "'energy'"]),
+    "budget-a-word": (["--budget", "change=much"], ["--budget change=much", "'much'"]),
+    "budget-0": (["--budget", "change=0"], ["budget change", "above 0"]),
+    "budget-negative": (["--budget", "off=-1"], ["budget off", "-1"]),
+    "budget-infinite": (["--budget", "change=inf"], ["budget change", "finite"]),
+    "budget-off-of-realign": (
+        ["--method", "realign", "--budget", "off=0.3"],
+        ["budget of realign", "'off'"],
+    ),
+    "budget-and-off": (
+        ["--budget", "change=1", "--lambda-off", "10"],
+        ["--lambda-off", "--budget"],
+    ),
+    "budget-and-partial": (
+        ["--budget", "change=1", "--lambda-partial", "10"],
+        ["--lambda-partial", "--budget"],
+    ),
+    "budget-and-left": (
+        ["--budget", "change=1", "--lambda-left", "1"],
+        ["--lambda-left", "--budget"],
+    ),
+    "budget-and-strength": (
+        ["--method", "realign", "--budget", "change=1", "--strength", "3"],
+        ["--strength", "--budget"],
+    ),
     "jobs-0": (["--jobs", "0"], ["jobs"]),
     "device-unknown": (["--device", "abacus"], ["device", "abacus"]),
     "device-meta": (["--device", "meta"], ["device", "meta"]),
@@ -49,6 +88,56 @@ def test_bad_call(case, adapter, subspace, out, capsys):
     result = run(capsys, "correct", adapter, "--subspace", subspace, "--out-dir", out, *arguments)
     check_refusal(result, 2, words, out)
     assert result.out == ""
+
+
+BAD_SWEEPS = {
+    "eval-and-select": (
+        ["--eval", "a {adapter}", "--select", "b {adapter}"],
+        ["--eval", "--select"],
+    ),
+    "select-alone": (["--select", "a {adapter}"], ["--report"]),
+    "report-alone": (["--report", "a {adapter}"], ["--select"]),
+    "select-is-report": (["--select", "a{adapter}", "--report", "a{adapter}"], ["same"]),
+    "no-place": (["--eval", "measure"], ["{adapter}", "measure"]),
+    "open-quote": (["--eval", "measure '{adapter}"], ["split"]),
+    "limit-without-eval": (["--limit", "a<=1"], ["--limit", "--eval"]),
+    "steps-without-eval": (["--steps", "0"], ["--steps", "--eval"]),
+    "overwrite-without-eval": (["--overwrite"], ["--overwrite", "--eval"]),
+    "no-limit": (["--eval", "a {adapter}", "--limit", "a<1"], ["limit", "a<1"]),
+    "jobs-0": (["--eval", "a {adapter}", "--jobs", "0"], ["--jobs", "0"]),
+    "steps-negative": (["--eval", "a {adapter}", "--steps", "-1"], ["--steps", "-1"]),
+    "timeout-0": (["--eval", "a {adapter}", "--timeout", "0"], ["--timeout"]),
+    "timeout-nan": (["--eval", "a {adapter}", "--timeout", "nan"], ["--timeout"]),
+    "without-unknown": (["--eval", "a {adapter}", "--without", "all"], ["raw, no-adapter", "all"]),
+    "method-unknown": (["--methods", "magic"], ["method", "magic"]),
+    "form-twice": (["--forms", "same,same"], ["form", "once"]),
+    "no-method": (["--methods", ","], ["method"]),
+    "granularity-unknown": (["--granularities", "row"], ["granularity", "row"]),
+    "rank-too-large": (["--ranks", "2,5"], ["subspace rank", "1 to 4"]),
+    "strength-0": (["--strengths", "0,1"], ["strength 0"]),
+    "strength-nan": (["--strengths", "nan"], ["strength", "nan"]),
+    "out-dir-empty": (["--out-dir", ""], ["--out-dir is empty"]),
+    "device-unknown": (["--device", "abacus"], ["device", "abacus"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SWEEPS)
+def test_bad_sweep(case, adapter, subspace, out, capsys):
+    arguments, words = BAD_SWEEPS[case]
+    result = run(capsys, "sweep", adapter, "--subspace", subspace, "--out-dir", out, *arguments)
+    check_refusal(result, 2, words, out)
+    assert result.out == ""
+
+
+def test_a_sweep_of_what_is_no_adapter(tmp_path, subspace, out, capsys):
+    call = ("--subspace", subspace, "--out-dir", out)
+    (tmp_path / "empty").mkdir()
+    check_refusal(run(capsys, "sweep", tmp_path / "empty", *call), 1, ["empty"], out)
+    corrected = tmp_path / "corrected"
+    adapter = write_adapter(tmp_path / "in" / "lora")
+    assert run(capsys, "correct", adapter, "--subspace", subspace, "--out-dir", corrected).code == 0
+    again = run(capsys, "sweep", corrected / "lora", *call, "--eval", "a {adapter}")
+    check_refusal(again, 1, [str(corrected / "lora"), "corrected by csulora already"], out)
 
 
 def test_bad_device_even_if_no_adapter_loads(tmp_path, subspace, out, capsys):

@@ -44,6 +44,7 @@ def test_options_stand_in_groups():
         "method",
         "strengths of csulora",
         "strength of realign",
+        "strengths of single modules, and budgets",
         "form of the result",
         "what is refused",
         "many adapters",
@@ -79,6 +80,10 @@ def test_everything_that_programs_read_tells_its_format(capsys, pair, adapter, t
         (("estimate", *pair, "--out", subspace, "--rank", 4), "csulora_estimate/1"),
         (("inspect", adapter, "--subspace", subspace), "csulora_report/1"),
         (("correct", adapter, "--subspace", subspace, *out), "csulora_outcomes/1"),
+        (
+            ("sweep", adapter, "--subspace", subspace, "--out-dir", tmp_path / "o"),
+            "csulora_sweep/1",
+        ),
     ):
         result = builders.run(capsys, *arguments, "--json")
         assert result.code == 0
