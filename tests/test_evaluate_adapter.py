@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def test_the_model_alone_refuses_and_its_refusals_are_what_the_file_says(call, t
     phrases.write_text("No Such Words\n\n")
     found = call(*OWN, "--harmful", harmful, "--refusals", phrases)
     assert found["refused"] == 0 and found["complied"] == 1
+
+
+def test_prompts_go_through_the_chat_template(call, tmp_path):
+    from transformers import AutoTokenizer
+
+    chat = tmp_path / "chat"
+    shutil.copytree(ASSETS / "aligned", chat)
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<ask> {{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} <answer>{% endif %}"
+    )
+    tokenizer.save_pretrained(chat)
+    harmful = write(tmp_path / "harmful", rows_of("harmful")[:20])
+    plain = call(*OWN, "--harmful", harmful, "--answers", tmp_path / "plain")
+    words = ["--model", chat, *OWN[4:], "--harmful", harmful, "--answers", tmp_path / "chatted"]
+    assert call(*words) == plain
+    assert (tmp_path / "chatted").read_text() == (tmp_path / "plain").read_text()
 
 
 @pytest.mark.parametrize(
