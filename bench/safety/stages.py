@@ -6,12 +6,16 @@ use one. Every member's data order and start come from its own seed alone.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bench.safety.model import (
@@ -51,17 +55,14 @@ class Trainer:
         self.aligned: dict[tuple, Weights] = {}
         self.seconds: dict[tuple, float] = {}
 
-    def run(self, jobs: Iterable[tuple[World, int]]) -> list[Trained]:
-        """The models of each (world, seed), in order."""
-        jobs = list(jobs)
+    def run(self, jobs: list[tuple[World, int]]) -> Iterator[tuple[tuple[World, int], Trained]]:
+        """Each (world, seed) with its models, as soon as they are there."""
         for key, group in _grouped(jobs, lambda w, s: (w.base_key, s), lambda w: w.base_key).items():
             self._bases(key, [(w, s) for w, s in group if (w.base_key, s) not in self.base])
         for key, group in _grouped(jobs, lambda w, s: (w.aligned_key, s), lambda w: w.aligned_key).items():
             self._align(key, [(w, s) for w, s in group if (w.aligned_key, s) not in self.aligned])
-        found: dict[tuple[World, int], Trained] = {}
         for group in _grouped(jobs, lambda w, s: (w, s), lambda w: (w.width, w.lora, w.rank)).values():
-            found |= self._adapters(group)
-        return [found[job] for job in jobs]
+            yield from self._adapters(group)
 
     def _bases(self, key: tuple, jobs: list[tuple[World, int]]) -> None:
         """Models that answer everything, harmful or not."""
@@ -124,7 +125,9 @@ class Trainer:
 
         return loss
 
-    def _adapters(self, jobs: list[tuple[World, int]]) -> dict[tuple[World, int], Trained]:
+    def _adapters(
+        self, jobs: list[tuple[World, int]]
+    ) -> Iterator[tuple[tuple[World, int], Trained]]:
         """LoRA on the aligned models for the new skill, poisoned with harmful answers."""
         world, seeds = jobs[0][0], [seed for _, seed in jobs]
         stage = self.shorten(world.lora)
@@ -143,7 +146,6 @@ class Trainer:
             return answer_loss(self.data, weights, i, lora)
 
         self._timed("adapter", jobs, parameters, loss, indices, stage)
-        found = {}
         for n, (w, seed) in enumerate(jobs):
             names = [m for m in module_names() if m.rpartition(".")[2] in w.targets]
             lora = Lora(_one({m: A[m] for m in names}, n), _one({m: B[m] for m in names}, n), SCALE)
@@ -154,8 +156,7 @@ class Trainer:
                 "aligned": self.seconds["aligned", w.aligned_key, seed],
                 "adapter": self.seconds["adapter", w, seed],
             }
-            found[w, seed] = Trained(_cpu(base), _cpu(aligned), lora, seconds)
-        return found
+            yield (w, seed), Trained(_cpu(base), _cpu(aligned), lora, seconds)
 
     def _timed(
         self,
@@ -179,6 +180,28 @@ class Trainer:
 
     def _move(self, weights: Weights) -> Weights:
         return {name: X.to(self.device) for name, X in weights.items()}
+
+
+def save_trained(trained: Trained, path: Path) -> None:
+    """One safetensors file, which appears whole."""
+    parts = {"base": trained.base, "aligned": trained.aligned, "A": trained.lora.A, "B": trained.lora.B}
+    tensors = {f"{part} {n}": X.contiguous() for part, some in parts.items() for n, X in some.items()}
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary, {"seconds": json.dumps(trained.seconds)})
+    temporary.replace(path)
+
+
+def load_trained(path: Path) -> Trained:
+    """What `save_trained` wrote."""
+    parts: dict[str, Weights] = {part: {} for part in ("base", "aligned", "A", "B")}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a dict
+            part, name = key.split(" ")
+            parts[part][name] = file.get_tensor(key)
+        seconds = json.loads(file.metadata()["seconds"])
+    names = [name for name in module_names() if name in parts["A"]]
+    A, B = ({name: parts[side][name] for name in names} for side in "AB")
+    return Trained(parts["base"], parts["aligned"], Lora(A, B, SCALE), seconds)
 
 
 def _grouped(

@@ -1,0 +1,153 @@
+"""One world's whole table: every method's frontier, the fixed rules, and the predictors."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.safety.evaluate import Evaluator, Metrics
+from bench.safety.families import Family, families
+from bench.safety.frontier import LIMIT, ROUNDS, Search, search
+from bench.safety.predictors import predictors, rounded
+from bench.safety.problem import Problem
+from bench.safety.stages import Trained
+from bench.safety.worlds import World
+from csulora import LoraAdapter, baselines
+
+RULES = Path(__file__).with_name("rules.json")
+FORMAT = "csulora_world/1"
+BISECTIONS = 10
+
+
+class Bench:
+    """A trained world, ready to measure adapters in."""
+
+    def __init__(self, trained: Trained, task: str, device: torch.device) -> None:
+        self.problem = Problem.of(trained)
+        self.evaluator = Evaluator(task, device)
+        self.device = device
+        self._shared = {n: X.to(device) for n, X in self.problem.shared().items()}
+
+    def measure(self, adapters: Sequence[LoraAdapter], part: str) -> list[Metrics]:
+        """Metrics of each adapter on "validation" or "test"."""
+        found: list[Metrics] = []
+        for start in range(0, len(adapters), 8):
+            own = self.problem.merged(adapters[start : start + 8])
+            own = {n: X.to(self.device) for n, X in own.items()}
+            found += self.evaluator.measure(self._shared, own, part)
+        return found
+
+    def change(self, adapter: LoraAdapter) -> float:
+        return baselines.relative_change(self.problem.adapter, adapter)
+
+
+def world_table(
+    name: str, world: World, seed: int, trained: Trained, device: torch.device, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """What the world's JSON holds."""
+    start = time.perf_counter()
+    bench = Bench(trained, world.task, device)
+    ends = _ends(bench, trained)
+    paths = families(bench.problem, seed)
+    searches = search(paths, lambda adapters: bench.measure(adapters, "validation"), rounds)
+    result = {
+        "format": FORMAT,
+        "world": name,
+        "seed": seed,
+        "settings": asdict(world),
+        "metrics": list(Metrics.__dataclass_fields__),
+        "counts": bench.evaluator.counts,
+        "ends": ends,
+        "frontier": _frontier(bench, searches),
+        "rules": _rules(bench, paths),
+        "predictors": predictors(bench.problem, bench.evaluator),
+        "limit": LIMIT,
+        "seconds": {**trained.seconds, "table": time.perf_counter() - start},
+    }
+    return rounded(result)
+
+
+def _ends(bench: Bench, trained: Trained) -> dict[str, Any]:
+    """The models themselves on test prompts: base, aligned, raw, and the raw adapter on part of them."""
+    own = {f"{n}.weight" for n in bench.problem.adapter.modules}
+    raw = bench.problem.adapter
+    parts = {
+        kind: baselines.pruned(raw, [n for n in raw.modules if kind not in n])
+        for kind in ("mlp", "self_attn")
+    }
+    found = {}
+    for name, weights in (("base", trained.base), ("aligned", trained.aligned)):
+        moved = {n: X.to(bench.device) for n, X in weights.items()}
+        changed = {n: X for n, X in moved.items() if n in own}
+        shared = {n: X for n, X in moved.items() if n not in own}
+        found[name] = bench.evaluator.measure(shared, changed, "test")[0].as_list()
+    some = [raw, *parts.values()]
+    names = ["raw", *(f"raw, {kind} modules alone" for kind in parts)]
+    for name, metrics in zip(names, bench.measure(some, "test"), strict=True):
+        found[name] = metrics.as_list()
+    return found
+
+
+def _frontier(bench: Bench, searches: list[Search]) -> dict[str, Any]:
+    """By family: all points on validation prompts, and the best within the limit on test prompts."""
+    picked = [(s, s.best()) for s in searches]
+    adapters = [s.family.build(x) for s, x in picked if x is not None]
+    measured = iter(zip(adapters, bench.measure(adapters, "test"), strict=True))
+    found = {}
+    for s, x in picked:
+        points = [[_plain(y), *m.as_list()] for y, m in sorted(s.points.items())]
+        row: dict[str, Any] = {"validation": points, "best": None}
+        if x is not None:
+            adapter, metrics = next(measured)
+            row["best"] = {
+                "strength": _plain(x),
+                "change": bench.change(adapter),
+                "test": metrics.as_list(),
+            }
+        found[s.family.name] = row
+    return found
+
+
+def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
+    """Each fixed rule on validation and on test prompts."""
+    by_name = {family.name: family for family in paths}
+    rules = json.loads(RULES.read_text())["rules"]
+    strengths = [
+        rule["strength"] if "strength" in rule else _for_change(bench, by_name[rule["family"]], rule["change"])
+        for rule in rules
+    ]
+    adapters = [by_name[r["family"]].build(x) for r, x in zip(rules, strengths, strict=True)]
+    rows = {part: bench.measure(adapters, part) for part in ("validation", "test")}
+    return [
+        {
+            **rule,
+            "used": _plain(strengths[i]),
+            "changed": bench.change(adapters[i]),
+            "validation": rows["validation"][i].as_list(),
+            "test": rows["test"][i].as_list(),
+        }
+        for i, rule in enumerate(rules)
+    ]
+
+
+def _for_change(bench: Bench, family: Family, change: float) -> float:
+    """The strength at which the family changes the adapter by `change`; its end where none does."""
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if bench.change(family.build(family.at(middle))) < change:
+            low = middle
+        else:
+            high = middle
+    return family.at(high)
+
+
+def _plain(strength: float) -> float | str:
+    return "inf" if math.isinf(strength) else float(f"{strength:.5g}")
