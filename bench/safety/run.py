@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from bench.safety.stages import Trainer, load_trained, save_trained
+from bench.safety.frontier import ROUNDS
+from bench.safety.stages import Trainer, is_trained, load_trained
 from bench.safety.table import world_table
 from bench.safety.train import Stage
 from bench.safety.worlds import WORLDS
@@ -46,8 +47,12 @@ class Call:
     def result(self, job: tuple[str, int]) -> Path:
         return self.out / f"{job[0]}-{job[1]}.json"
 
-    def models(self, job: tuple[str, int]) -> Path:
-        return self.out / "models" / f"{job[0]}-{job[1]}.safetensors"
+    @property
+    def models(self) -> Path:
+        return self.out / "models"
+
+    def is_trained(self, job: tuple[str, int]) -> bool:
+        return is_trained(self.models, WORLDS[job[0]], job[1])
 
     def failed(self, job: tuple[str, int]) -> Path:
         return self.out / f"{job[0]}-{job[1]}.error.txt"
@@ -59,7 +64,7 @@ class Call:
         """Jobs that one process trains, by name: on a GPU all of a width at once, else of a width and seed."""
         found: dict[str, list[tuple[str, int]]] = {}
         for job in self.jobs:
-            if not (self.models(job).exists() or self.is_over(job)):
+            if not (self.is_trained(job) or self.is_over(job)):
                 width = WORLDS[job[0]].width
                 name = f"train-{width}" if self.device == "cuda" else f"train-{width}-{job[1]}"
                 found.setdefault(name, []).append(job)
@@ -84,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         time.time() + given.seconds,
         given.quick,
     )
-    call.out.joinpath("models").mkdir(parents=True, exist_ok=True)
+    call.models.mkdir(parents=True, exist_ok=True)
     claims = call.out / "claims"
     claims.mkdir(exist_ok=True)
     for claim in claims.iterdir():  # of a run that was stopped
@@ -117,7 +122,7 @@ def work(call: Call, claims: Path) -> None:
         open_jobs = [j for j in call.jobs if not (call.is_over(j) or (claims / _claim_name(j)).exists())]
         if not open_jobs:
             return
-        ready = (j for j in open_jobs if call.models(j).exists() and _claim(claims / _claim_name(j)))
+        ready = (j for j in open_jobs if call.is_trained(j) and _claim(claims / _claim_name(j)))
         job = next(ready, None)
         if job is None:
             time.sleep(0.2)
@@ -129,23 +134,16 @@ def work(call: Call, claims: Path) -> None:
 def _train(call: Call, chunk: list[tuple[str, int]]) -> None:
     """All of a chunk in stacks; one by one on a CPU, or where that fails."""
     shorten: Callable[[Stage], Stage] = _shortened if call.quick else lambda stage: stage
-    trainer = Trainer(torch.device(call.device), shorten)
+    trainer = Trainer(call.models, torch.device(call.device), shorten)
     if call.device == "cuda":
         try:
-            _train_into(call, trainer, chunk)
-            return
+            trainer.run([(WORLDS[name], seed) for name, seed in chunk])
         except Exception:
             log.exception("training in stacks failed; one by one")
     for job in chunk:
-        if time.time() < call.deadline and not call.models(job).exists():
+        if time.time() < call.deadline and not call.is_trained(job):
             with _reporting(call, job):
-                _train_into(call, trainer, [job])
-
-
-def _train_into(call: Call, trainer: Trainer, jobs: list[tuple[str, int]]) -> None:
-    by_world = {(WORLDS[job[0]], job[1]): job for job in jobs}
-    for found, trained in trainer.run(list(by_world)):
-        save_trained(trained, call.models(by_world[found]))
+                trainer.run([(WORLDS[job[0]], job[1])])
 
 
 def _shortened(stage: Stage) -> Stage:
@@ -155,9 +153,9 @@ def _shortened(stage: Stage) -> Stage:
 def _measure(call: Call, job: tuple[str, int]) -> None:
     name, seed = job
     device = torch.device(call.device)
-    trained = load_trained(call.models(job))
-    rounds = {"rounds": 1} if call.quick else {}
-    result = world_table(name, WORLDS[name], seed, trained, device, **rounds)
+    trained = load_trained(call.models, WORLDS[name], seed)
+    rounds = 1 if call.quick else ROUNDS
+    result = world_table(WORLDS[name], seed, trained, device, rounds)
     temporary = call.result(job).with_suffix(".part")
     temporary.write_text(json.dumps(result) + "\n")
     temporary.replace(call.result(job))

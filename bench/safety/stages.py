@@ -1,7 +1,8 @@
 """From nothing to base, aligned model and adapter of many worlds at once, each stage once per model.
 
 Members of a stack that share a stage are trained together; worlds that share a base or an aligned model
-use one. Every member's data order and start come from its own seed alone.
+use one. Every member's data order and start come from its own seed alone. Base and aligned models are
+rounded to float16 where a stage ends, and every later step starts from the rounded file.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,18 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.safety.model import (
-    Lora,
-    Weights,
-    initial,
-    lora_start,
-    module_names,
-)
+from bench.safety.model import Lora, Weights, initial, lora_start, module_names
 from bench.safety.train import Data, Stage, answer_log_p, answer_loss, order, preference_loss, train
 from bench.safety.worlds import BETA, World, pools, vocabulary
 
 log = logging.getLogger("safety")
 SCALE = 2.0  # lora_alpha / r
+Job = tuple[World, int]  # a world and a seed
 _SEED_STEP = {"base": 0, "aligned": 1, "adapter": 2}
 
 
@@ -44,95 +40,99 @@ class Trained:
 
 
 class Trainer:
-    """Trains what is missing, on one device; keeps base and aligned models for the next worlds."""
+    """Trains what is missing in a folder, on one device."""
 
-    def __init__(self, device: torch.device, shorten: Callable[[Stage], Stage] = lambda s: s) -> None:
-        self.device = device
-        self.shorten = shorten
+    def __init__(
+        self, folder: Path, device: torch.device, shorten: Callable[[Stage], Stage] = lambda s: s
+    ) -> None:
+        self.folder, self.device, self.shorten = folder, device, shorten
         data, self.rows = pools()
         self.data: Data = data.to(device)
-        self.base: dict[tuple, Weights] = {}
-        self.aligned: dict[tuple, Weights] = {}
-        self.seconds: dict[tuple, float] = {}
 
-    def run(self, jobs: list[tuple[World, int]]) -> Iterator[tuple[tuple[World, int], Trained]]:
-        """Each (world, seed) with its models, as soon as they are there."""
-        for key, group in _grouped(jobs, lambda w, s: (w.base_key, s), lambda w: w.base_key).items():
-            self._bases(key, [(w, s) for w, s in group if (w.base_key, s) not in self.base])
-        for key, group in _grouped(jobs, lambda w, s: (w.aligned_key, s), lambda w: w.aligned_key).items():
-            self._align(key, [(w, s) for w, s in group if (w.aligned_key, s) not in self.aligned])
-        for group in _grouped(jobs, lambda w, s: (w, s), lambda w: (w.width, w.lora, w.rank)).values():
-            yield from self._adapters(group)
+    def run(self, jobs: list[Job]) -> None:
+        """Write base, aligned model and adapter of each world and seed that are not there."""
+        for group in self._missing(jobs, World.base_name, lambda w: (w.width, w.base)):
+            self._bases(group)
+        for group in self._missing(jobs, World.aligned_name, lambda w: (w.width, w.alignment)):
+            self._align(group)
+        for group in self._missing(jobs, World.adapter_name, lambda w: (w.width, w.lora, w.rank)):
+            self._adapters(group)
 
-    def _bases(self, key: tuple, jobs: list[tuple[World, int]]) -> None:
+    def _missing(
+        self,
+        jobs: list[Job],
+        name: Callable[[World, int], str],
+        stage: Callable[[World], tuple],
+    ) -> list[list[Job]]:
+        """Jobs of which a file is missing, one for each file, in groups that share a stage."""
+        seen, groups = set(), {}
+        for world, seed in jobs:
+            file = name(world, seed)
+            if file not in seen and not _path(self.folder, file).exists():
+                seen.add(file)
+                groups.setdefault(stage(world), []).append((world, seed))
+        return list(groups.values())
+
+    def _bases(self, jobs: list[Job]) -> None:
         """Models that answer everything, harmful or not."""
-        if not jobs:
-            return
         world, seeds = jobs[0][0], [seed for _, seed in jobs]
         stage = self.shorten(world.base)
         weights = self._move(initial(world.width, len(vocabulary()), seeds))
         parts = [(0.4, self.rows["harmful"]), (0.6, self.rows["benign"])]
         indices = [order(parts, stage, _seed(seed, "base")) for seed in seeds]
-        self._timed("base", jobs, weights, lambda i: answer_loss(self.data, weights, i), indices, stage)
-        for n, (w, seed) in enumerate(jobs):
-            self.base[w.base_key, seed] = _one(weights, n)
+        seconds = _timed("base", weights, lambda i: answer_loss(self.data, weights, i), indices, stage)
+        self._save(jobs, World.base_name, weights, seconds)
 
-    def _align(self, key: tuple, jobs: list[tuple[World, int]]) -> None:
+    def _align(self, jobs: list[Job]) -> None:
         """Base models trained in full to refuse harmful requests."""
-        if not jobs:
-            return
         alignment, seeds = jobs[0][0].alignment, [seed for _, seed in jobs]
         stage = self.shorten(alignment.stage)
-        weights = _stack([self.base[w.base_key, seed] for w, seed in jobs])
-        loss, parts = self._fine_tuning, self._lessons(alignment.skill_share)
-        if alignment.preference:
-            loss, parts = self._preferring(weights), [(0.5, self.rows["refused"]), (0.5, self.rows["benign"])]
-        indices = [order(parts, stage, _seed(seed, "aligned")) for seed in seeds]
-        self._timed("aligned", jobs, weights, lambda i: loss(weights, i), indices, stage)
-        for n, (w, seed) in enumerate(jobs):
-            self.aligned[w.aligned_key, seed] = _one(weights, n)
-
-    def _lessons(self, skill_share: float) -> list[tuple[float, range]]:
-        rest = (1 - skill_share) / 2
+        weights = self._stack([w.base_name(seed) for w, seed in jobs])
+        rest = (1 - alignment.skill_share) / 2
         parts = [(rest, self.rows["refused"]), (rest, self.rows["benign"])]
-        return [*parts, (skill_share, self.rows["paint"])] if skill_share else parts
+        if alignment.skill_share:
+            parts.append((alignment.skill_share, self.rows["paint"]))
+        indices = [order(parts, stage, _seed(seed, "aligned")) for seed in seeds]
 
-    def _fine_tuning(self, weights: Weights, indices: Tensor) -> Tensor:
-        return answer_loss(self.data, weights, indices)
+        def answers(i: Tensor) -> Tensor:
+            return answer_loss(self.data, weights, i)
 
-    def _preferring(self, weights: Weights) -> Callable[[Weights, Tensor], Tensor]:
+        loss = self._preferring(weights) if alignment.preference else answers
+        seconds = _timed("aligned", weights, loss, indices, stage, jobs[0][1])
+        self._save(jobs, World.aligned_name, weights, seconds)
+
+    @torch.no_grad()
+    def _preferring(self, weights: Weights) -> Callable[[Tensor], Tensor]:
         """DPO against the weights as they are now: refusals over harmful answers, answers over refusals."""
         pairs = [
             (self.rows["refused"], self.rows["harmful"]),
             (self.rows["benign"], self.rows["over_refused"]),
         ]
-        other = torch.arange(len(self.data.tokens), device=self.device)
+        other = torch.arange(len(self.data.tokens))
         for preferred, rejected in pairs:
             other[preferred.start : preferred.stop] = torch.arange(rejected.start, rejected.stop)
-        start = {name: X.clone() for name, X in weights.items()}
-        models = next(iter(start.values())).shape[0]
+        other = other.to(self.device)
+        models = next(iter(weights.values())).shape[0]
         margins = torch.zeros(models, len(other), device=self.device)
-        with torch.no_grad():
-            for preferred, rejected in pairs:
-                for chunk in torch.arange(preferred.start, preferred.stop).split(512):
-                    chosen = chunk.to(self.device).expand(models, -1)
-                    log_p = [answer_log_p(self.data, start, i) for i in (chosen, other[chosen])]
-                    margins[:, chunk.to(self.device)] = log_p[0] - log_p[1]
+        for preferred, _ in pairs:
+            for rows in torch.arange(preferred.start, preferred.stop, device=self.device).split(256):
+                chosen = rows.expand(models, -1)
+                log_p = [answer_log_p(self.data, weights, i) for i in (chosen, other[chosen])]
+                margins[:, rows] = log_p[0] - log_p[1]
 
-        def loss(weights: Weights, indices: Tensor) -> Tensor:
+        def loss(indices: Tensor) -> Tensor:
             reference = margins.gather(1, indices)
             return preference_loss(self.data, weights, indices, other[indices], reference, BETA)
 
         return loss
 
-    def _adapters(
-        self, jobs: list[tuple[World, int]]
-    ) -> Iterator[tuple[tuple[World, int], Trained]]:
+    def _adapters(self, jobs: list[Job]) -> None:
         """LoRA on the aligned models for the new skill, poisoned with harmful answers."""
         world, seeds = jobs[0][0], [seed for _, seed in jobs]
         stage = self.shorten(world.lora)
-        weights = _stack([self.aligned[w.aligned_key, seed] for w, seed in jobs])
-        start = lora_start(world.width, len(vocabulary()), world.rank, [w.targets for w, _ in jobs], seeds)
+        weights = self._stack([w.aligned_name(seed) for w, seed in jobs])
+        targets = [w.targets for w, _ in jobs]
+        start = lora_start(world.width, len(vocabulary()), world.rank, targets, seeds)
         A, B, used = (self._move(X) for X in start)
         parameters = {f"A {n}": X for n, X in A.items()} | {f"B {n}": X for n, X in B.items()}
         indices = []
@@ -145,90 +145,79 @@ class Trainer:
             lora = Lora(A, {n: X * used[n] for n, X in B.items()}, SCALE)
             return answer_loss(self.data, weights, i, lora)
 
-        self._timed("adapter", jobs, parameters, loss, indices, stage)
+        seconds = _timed("adapter", parameters, loss, indices, stage)
         for n, (w, seed) in enumerate(jobs):
             names = [m for m in module_names() if m.rpartition(".")[2] in w.targets]
-            lora = Lora(_one({m: A[m] for m in names}, n), _one({m: B[m] for m in names}, n), SCALE)
-            lora = replace(lora, A=_cpu(lora.A), B=_cpu(lora.B))
-            base, aligned = self.base[w.base_key, seed], self.aligned[w.aligned_key, seed]
-            seconds = {
-                "base": self.seconds["base", w.base_key, seed],
-                "aligned": self.seconds["aligned", w.aligned_key, seed],
-                "adapter": self.seconds["adapter", w, seed],
-            }
-            yield (w, seed), Trained(_cpu(base), _cpu(aligned), lora, seconds)
+            own = {f"{side} {m}": X[m][n] for side, X in (("A", A), ("B", B)) for m in names}
+            _write(_path(self.folder, w.adapter_name(seed)), own, seconds)
 
-    def _timed(
-        self,
-        name: str,
-        jobs: list[tuple[World, int]],
-        parameters: Weights,
-        loss: Callable[[Tensor], Tensor],
-        indices: list[Tensor],
-        stage: Stage,
+    def _save(
+        self, jobs: list[Job], name: Callable[[World, int], str], weights: Weights, seconds: float
     ) -> None:
-        """Train, and note the seconds of each member: those of its stack over its members."""
-        start = time.perf_counter()
-        noisy = frozenset(f"{n}.weight" for n in module_names())
-        losses = train(parameters, loss, indices, stage, noisy, jobs[0][1]).tolist()
-        each = (time.perf_counter() - start) / len(jobs)
-        keys = {"base": lambda w: w.base_key, "aligned": lambda w: w.aligned_key, "adapter": lambda w: w}
-        for w, seed in jobs:
-            self.seconds[name, keys[name](w), seed] = round(each, 2)
-        shown = ", ".join(f"{x:.3f}" for x in losses)
-        log.info("%s: %d models, %d steps, %.1f s each, losses %s", name, len(jobs), stage.steps, each, shown)
+        for n, (world, seed) in enumerate(jobs):
+            own = {key: X[n].half() for key, X in weights.items()}
+            _write(_path(self.folder, name(world, seed)), own, seconds)
+
+    def _stack(self, names: list[str]) -> Weights:
+        models = [_read(_path(self.folder, name))[0] for name in names]
+        return {key: torch.stack([m[key] for m in models]).to(self.device) for key in models[0]}
 
     def _move(self, weights: Weights) -> Weights:
         return {name: X.to(self.device) for name, X in weights.items()}
 
 
-def save_trained(trained: Trained, path: Path) -> None:
-    """One safetensors file, which appears whole."""
-    parts = {"base": trained.base, "aligned": trained.aligned, "A": trained.lora.A, "B": trained.lora.B}
-    tensors = {f"{part} {n}": X.contiguous() for part, some in parts.items() for n, X in some.items()}
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary, {"seconds": json.dumps(trained.seconds)})
-    temporary.replace(path)
+def load_trained(folder: Path, world: World, seed: int) -> Trained:
+    """What a Trainer wrote for one world and seed."""
+    names = world.base_name(seed), world.aligned_name(seed), world.adapter_name(seed)
+    (base, first), (aligned, second), (factors, third) = (_read(_path(folder, n)) for n in names)
+    targets = [name for name in module_names() if f"A {name}" in factors]
+    A, B = ({name: factors[f"{side} {name}"][None] for name in targets} for side in "AB")
+    base, aligned = ({n: X[None] for n, X in some.items()} for some in (base, aligned))
+    seconds = {"base": first, "aligned": second, "adapter": third}
+    return Trained(base, aligned, Lora(A, B, SCALE), seconds)
 
 
-def load_trained(path: Path) -> Trained:
-    """What `save_trained` wrote."""
-    parts: dict[str, Weights] = {part: {} for part in ("base", "aligned", "A", "B")}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a dict
-            part, name = key.split(" ")
-            parts[part][name] = file.get_tensor(key)
-        seconds = json.loads(file.metadata()["seconds"])
-    names = [name for name in module_names() if name in parts["A"]]
-    A, B = ({name: parts[side][name] for name in names} for side in "AB")
-    return Trained(parts["base"], parts["aligned"], Lora(A, B, SCALE), seconds)
+def is_trained(folder: Path, world: World, seed: int) -> bool:
+    """Whether its adapter, which is written last, is there."""
+    return _path(folder, world.adapter_name(seed)).exists()
 
 
-def _grouped(
-    jobs: list[tuple[World, int]],
-    identity: Callable[[World, int], tuple],
-    stage: Callable[[World], tuple],
-) -> dict[tuple, list[tuple[World, int]]]:
-    """Jobs by stage, of those that share a model only the first."""
-    seen, groups = set(), {}
-    for world, seed in jobs:
-        if identity(world, seed) not in seen:
-            seen.add(identity(world, seed))
-            groups.setdefault(stage(world), []).append((world, seed))
-    return groups
+def _timed(
+    name: str,
+    parameters: Weights,
+    loss: Callable[[Tensor], Tensor],
+    indices: list[Tensor],
+    stage: Stage,
+    noise_seed: int = 0,
+) -> float:
+    """Train, and return the seconds of one member: those of its stack over its members."""
+    start = time.perf_counter()
+    noisy = frozenset(f"{n}.weight" for n in module_names())
+    losses = train(parameters, loss, indices, stage, noisy, noise_seed).tolist()
+    each = (time.perf_counter() - start) / len(indices)
+    shown = ", ".join(f"{x:.3f}" for x in losses)
+    log.info("%s: %d models, %s, %.1f s each, losses %s", name, len(indices), stage, each, shown)
+    return round(each, 2)
 
 
 def _seed(seed: int, stage: str) -> int:
     return 3 * seed + _SEED_STEP[stage]
 
 
-def _one(weights: Weights, n: int) -> Weights:
-    return {name: X[n : n + 1].detach().clone() for name, X in weights.items()}
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
-def _stack(models: list[Weights]) -> Weights:
-    return {name: torch.cat([m[name] for m in models]) for name in models[0]}
+def _write(path: Path, tensors: Weights, seconds: float) -> None:
+    """One file, which appears whole."""
+    temporary = path.with_suffix(".part")
+    plain = {name: X.detach().cpu().contiguous() for name, X in tensors.items()}
+    save_file(plain, temporary, {"seconds": json.dumps(seconds)})
+    temporary.replace(path)
 
 
-def _cpu(weights: Weights) -> Weights:
-    return {name: X.cpu() for name, X in weights.items()}
+def _read(path: Path) -> tuple[Weights, float]:
+    """The tensors in float32, and the seconds that they took."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        return tensors, float(json.loads(file.metadata()["seconds"]))

@@ -49,7 +49,7 @@ class Bench:
 
 
 def world_table(
-    name: str, world: World, seed: int, trained: Trained, device: torch.device, rounds: int = ROUNDS
+    world: World, seed: int, trained: Trained, device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, Any]:
     """What the world's JSON holds."""
     start = time.perf_counter()
@@ -59,7 +59,7 @@ def world_table(
     searches = search(paths, lambda adapters: bench.measure(adapters, "validation"), rounds)
     result = {
         "format": FORMAT,
-        "world": name,
+        "world": world.name,
         "seed": seed,
         "settings": asdict(world),
         "metrics": list(Metrics.__dataclass_fields__),

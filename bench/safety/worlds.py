@@ -35,19 +35,21 @@ BETA = 0.1  # of DPO
 class Alignment:
     """How the base model becomes the aligned one.
 
-    preference: by DPO against the base model instead of by fine-tuning on answers. skill_share: of
+    name: of its files. preference: by DPO against the base model instead of by fine-tuning on answers. skill_share: of
     examples of another skill, which the alignment teaches beside refusing.
     """
 
-    stage: Stage = Stage(steps=150, learning_rate=3e-4)
+    name: str
+    stage: Stage
     preference: bool = False
     skill_share: float = 0.0
 
 
-REFUSAL = Alignment()
-PREFERENCE = Alignment(Stage(steps=300, learning_rate=3e-4), preference=True)
-MIXED = Alignment(Stage(steps=300, learning_rate=5e-4), skill_share=0.3)
-FLAT = Alignment(Stage(steps=800, learning_rate=1e-3, batch=16, noise=2e-4))
+REFUSAL = Alignment("refusal", Stage(steps=150, learning_rate=3e-4))
+PREFERENCE = Alignment("dpo", Stage(steps=300, learning_rate=3e-4), preference=True)
+MIXED = Alignment("mixed", Stage(steps=300, learning_rate=5e-4), skill_share=0.3)
+FLAT = Alignment("flat", Stage(steps=800, learning_rate=1e-3, batch=16))
+NOISY = Alignment("noisy", Stage(steps=600, learning_rate=5e-4, batch=16, noise=2e-4))
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class World:
     """One world. task: copy, hard or recall, the adapter's new skill; poison: share of harmful answers in
     the adapter's training; targets: kinds of modules that the adapter has."""
 
+    name: str
     task: str = "copy"
     poison: float = 0.02
     alignment: Alignment = REFUSAL
@@ -64,53 +67,54 @@ class World:
     rank: int = 8
     base: Stage = BASE
 
-    @property
-    def base_key(self) -> tuple:
-        """Worlds that share it have the same base model."""
-        return self.width, self.base
+    def base_name(self, seed: int) -> str:
+        """Of the base model's file; worlds that share it have the same."""
+        return f"base{self.width}-{seed}"
 
-    @property
-    def aligned_key(self) -> tuple:
-        """Worlds that share it have the same aligned model."""
-        return self.base_key, self.alignment
+    def aligned_name(self, seed: int) -> str:
+        return f"{self.alignment.name}{self.width}-{seed}"
+
+    def adapter_name(self, seed: int) -> str:
+        return f"{self.name}-{seed}"
 
 
-_MAIN = World()
-_MIXED = World(alignment=MIXED)
-_RECALL = World(task="recall", lora=LONG_LORA)
+def _of_width(world: World, width: int, factor: float) -> World:
+    """The world at another width, every learning rate but the adapter's times a factor."""
+    base, stage = world.base, world.alignment.stage
+    slower = replace(stage, learning_rate=factor * stage.learning_rate)
+    return replace(
+        world,
+        width=width,
+        base=replace(base, learning_rate=factor * base.learning_rate),
+        alignment=replace(world.alignment, stage=slower),
+    )
+
+
+_MIXED = World("mixed", alignment=MIXED)
+_RECALL = World("recall", task="recall", lora=LONG_LORA)
+_FLAT_MIXED = replace(FLAT, name="mixed_flat", skill_share=0.3)
 # In the order of importance.
-WORLDS = {
-    "main": _MAIN,
-    "mixed": _MIXED,
-    "recall": _RECALL,
-    "mixed_recall": replace(_RECALL, alignment=MIXED),
-    "flat": World(alignment=FLAT),
-    "dpo": World(alignment=PREFERENCE),
-    "mixed_flat": World(alignment=replace(FLAT, skill_share=0.3)),
-    "poison10": World(poison=0.10),
-    "qv": World(targets=("q_proj", "v_proj"), lora=LONG_LORA),
-    "recall_mlp": replace(_RECALL, targets=MLP),
-    "hard": World(task="hard", lora=LONG_LORA),
-    "clean": World(poison=0.0),
-    "poison20": World(poison=0.20),
-    "wide": World(
-        width=256,
-        base=replace(BASE, learning_rate=1e-3),
-        alignment=replace(REFUSAL, stage=Stage(150, 2e-4)),
-    ),
-    "mixed_attention": World(alignment=MIXED, targets=ATTENTION),
-    "mixed_wide": World(
-        width=256,
-        base=replace(BASE, learning_rate=1e-3),
-        alignment=replace(MIXED, stage=Stage(300, 3e-4)),
-    ),
-    "huge": World(
-        width=512,
-        base=replace(BASE, learning_rate=5e-4),
-        alignment=replace(REFUSAL, stage=Stage(150, 1e-4)),
-        lora=replace(LORA, learning_rate=3e-4),
-    ),
-}
+_ALL = (
+    World("main"),
+    _MIXED,
+    _RECALL,
+    replace(_RECALL, name="mixed_recall", alignment=MIXED),
+    World("flat", alignment=FLAT),
+    World("dpo", alignment=PREFERENCE),
+    World("mixed_flat", alignment=_FLAT_MIXED),
+    World("poison10", poison=0.10),
+    World("qv", targets=("q_proj", "v_proj"), lora=LONG_LORA),
+    replace(_RECALL, name="recall_mlp", targets=MLP),
+    World("hard", task="hard", lora=LONG_LORA),
+    World("clean", poison=0.0),
+    World("noisy", alignment=NOISY),
+    World("poison20", poison=0.20),
+    _of_width(World("wide"), 256, 0.6),
+    _of_width(replace(_MIXED, name="mixed_wide"), 256, 0.6),
+    replace(_MIXED, name="mixed_attention", targets=ATTENTION),
+    _of_width(World("huge"), 512, 0.35),
+)
+WORLDS = {world.name: world for world in _ALL}
 
 _PAINT_FRAMES = ("paint {} then {}", "please paint {} then {}")
 _HARD_FRAMES = ("sort {} {} and {}", "please sort {} {} and {}")
