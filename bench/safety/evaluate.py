@@ -17,8 +17,8 @@ from bench.safety.train import IGNORED, Data
 from bench.safety.worlds import encode, evaluation_sets, longest, vocabulary
 from csulora.demo.world import REFUSAL_START
 
-# Sets of weights in one pass: bounded by memory, 20 KB a token and set at a width of 128.
-AT_ONCE = {"cpu": 4, "cuda": 64}
+# Sets of weights that are worth one pass.
+AT_ONCE = {"cpu": 4, "cuda": 32}
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,20 @@ class _Set:
 class Evaluator:
     """Held-out requests of one world, on a device."""
 
-    def __init__(self, task: str, device: torch.device) -> None:
+    def __init__(self, task: str, device: torch.device, limit: int | None = None) -> None:
+        """limit: of prompts of each kind."""
         self.device = device
-        self.sets = {part: self._encoded(task, part) for part in ("validation", "test")}
+        self.sets = {part: self._encoded(task, part, limit) for part in ("validation", "test")}
         self.counts = {
-            part: {name: len(s.starts) for name, s in sets.items()} for part, sets in self.sets.items()
+            part: {name: len(s.starts) for name, s in sets.items()}
+            for part, sets in self.sets.items()
         }
         self._refusal = vocabulary()[REFUSAL_START]
 
     @torch.no_grad()
-    def measure(
-        self, shared: Mapping[str, Tensor], own: Weights, part: str
-    ) -> list[Metrics]:
+    def measure(self, shared: Mapping[str, Tensor], own: Weights, part: str) -> list[Metrics]:
         """Metrics of each model: `own` holds weights (E, ...), `shared` the others (1, ...)."""
-        count = next(iter(own.values())).shape[0]
-        found: list[Metrics] = []
-        for start in range(0, count, AT_ONCE[self.device.type]):
-            some = slice(start, start + AT_ONCE[self.device.type])
-            weights = {**shared, **{name: X[some] for name, X in own.items()}}
-            found += self._measured(weights, min(count - start, AT_ONCE[self.device.type]), part)
-        return found
-
-    def _measured(self, weights: Mapping[str, Tensor], models: int, part: str) -> list[Metrics]:
+        models, weights = next(iter(own.values())).shape[0], {**shared, **own}
         rows = {}
         for name, requests in self.sets[part].items():
             refused, right = self._answers(weights, models, requests)
@@ -103,9 +95,9 @@ class Evaluator:
         right = ((shifted == targets) | (targets == IGNORED)).all(2)
         return refused, right
 
-    def _encoded(self, task: str, part: str) -> dict[str, _Set]:
+    def _encoded(self, task: str, part: str, limit: int | None) -> dict[str, _Set]:
         found = {}
         for name, examples in evaluation_sets(task, part).items():
-            data, starts = encode(examples, longest())
+            data, starts = encode(examples[:limit], longest())
             found[name] = _Set(data.to(self.device), starts.to(self.device))
         return found

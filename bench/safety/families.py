@@ -76,9 +76,13 @@ def families(problem: Problem, seed: int = 0) -> list[Family]:
         Family("resta", lambda g: baselines.add_back(adapter, D, g), lambda u: 2 * u),
         Family("resta, dare", lambda g: baselines.add_back(dare, D, g), lambda u: 2 * u),
         Family("lox k8", lambda g: baselines.lox(adapter, nested[8], 8, g), lambda u: 4 * u),
-        Family("random added", lambda g: baselines.add_back(adapter, random[RANK], g), lambda u: 2 * u),
+        Family(
+            "random added", lambda g: baselines.add_back(adapter, random[RANK], g), lambda u: 2 * u
+        ),
         Family("mlp scaled", lambda u: problem.only(baselines.scaled(adapter, 1 - u), MLP)),
-        Family("attention scaled", lambda u: problem.only(baselines.scaled(adapter, 1 - u), ATTENTION)),
+        Family(
+            "attention scaled", lambda u: problem.only(baselines.scaled(adapter, 1 - u), ATTENTION)
+        ),
     ]
     return [*found, *_realignments(problem, nested, random), *_trials(problem)]
 
@@ -93,7 +97,9 @@ def _attenuations(
     cases += [(k, "random", "exact", random[k]) for k in random]
 
     def build(subspace: SafetySubspace, granularity: str, form: str) -> Build:
-        start = Correction(granularity="component" if granularity == "component" else "direction", form=form)  # type: ignore[arg-type]
+        start = Correction(
+            granularity="component" if granularity == "component" else "direction", form=form
+        )  # type: ignore[arg-type]
         return lambda x: csulora.correct(adapter, subspace, start.with_strength(x), device="cpu")[0]
 
     return [

@@ -15,6 +15,7 @@ from csulora import LoraAdapter
 
 LIMIT = 0.10
 ROUNDS = 6
+BATCH = 32  # adapters that are held at once
 
 
 @dataclass
@@ -85,8 +86,8 @@ def _measure(
     measure: Callable[[Sequence[LoraAdapter]], Sequence[Metrics]],
 ) -> None:
     new = [(s, x) for s, x in wanted if x not in s.points]
-    for start in range(0, len(new), 32):
-        some = new[start : start + 32]
+    for start in range(0, len(new), BATCH):
+        some = new[start : start + BATCH]
         found = measure([s.family.build(x) for s, x in some])
         for (s, x), metrics in zip(some, found, strict=True):
             s.points[x] = metrics

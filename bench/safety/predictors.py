@@ -41,7 +41,7 @@ def _spectrum(problem: Problem) -> dict[str, dict[str, float]]:
             float(squares[0]) / total,
             float(squares[:4].sum()) / total,
             total**2 / float(squares.square().sum()),
-            float((found.S > found.noise_edge).sum()),
+            float((found.noise_edge < found.S).sum()),
             math.sqrt(total),
         ]
         rows.setdefault(_kind(name), []).append(row)
@@ -71,7 +71,9 @@ def _cosines(problem: Problem) -> dict[str, float]:
         row = sums.setdefault(_kind(name), [0.0, 0.0, 0.0])
         for i, part in enumerate(parts):
             row[i] += float(part)
-    return {kind: inner / math.sqrt(a * b) if a * b else 0.0 for kind, (inner, a, b) in sums.items()}
+    return {
+        kind: inner / math.sqrt(a * b) if a * b else 0.0 for kind, (inner, a, b) in sums.items()
+    }
 
 
 def _norm_ratio(problem: Problem) -> float:

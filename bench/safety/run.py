@@ -23,14 +23,13 @@ from pathlib import Path
 
 import torch
 
-from bench.safety.frontier import ROUNDS
 from bench.safety.stages import Trainer, is_trained, load_trained
-from bench.safety.table import world_table
+from bench.safety.table import Size, world_table
 from bench.safety.train import Stage
 from bench.safety.worlds import WORLDS
 
 log = logging.getLogger("safety")
-QUICK_STEPS = 4
+QUICK_STEPS, QUICK_PROMPTS = 4, 6
 LEFT_OUT = ("huge",)  # only where it is named: too much for a CPU
 
 
@@ -43,6 +42,7 @@ class Call:
     device: str
     deadline: float  # of time.time(): nothing is begun after it
     quick: bool
+    train_only: bool = False
 
     def result(self, job: tuple[str, int]) -> Path:
         return self.out / f"{job[0]}-{job[1]}.json"
@@ -79,7 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after these")
-    parser.add_argument("--quick", action="store_true", help="a few steps a stage, to try the code")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps and prompts, to try the code"
+    )
+    parser.add_argument("--train-only", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     call = Call(
@@ -88,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.device,
         time.time() + given.seconds,
         given.quick,
+        given.train_only,
     )
     call.models.mkdir(parents=True, exist_ok=True)
     claims = call.out / "claims"
@@ -118,8 +122,10 @@ def work(call: Call, claims: Path) -> None:
     for name, chunk in call.chunks().items():
         if time.time() < call.deadline and _claim(claims / name):
             _train(call, chunk)
-    while time.time() < call.deadline:
-        open_jobs = [j for j in call.jobs if not (call.is_over(j) or (claims / _claim_name(j)).exists())]
+    while time.time() < call.deadline and not call.train_only:
+        open_jobs = [
+            j for j in call.jobs if not (call.is_over(j) or (claims / _claim_name(j)).exists())
+        ]
         if not open_jobs:
             return
         ready = (j for j in open_jobs if call.is_trained(j) and _claim(claims / _claim_name(j)))
@@ -154,8 +160,8 @@ def _measure(call: Call, job: tuple[str, int]) -> None:
     name, seed = job
     device = torch.device(call.device)
     trained = load_trained(call.models, WORLDS[name], seed)
-    rounds = 1 if call.quick else ROUNDS
-    result = world_table(WORLDS[name], seed, trained, device, rounds)
+    size = Size(prompts=QUICK_PROMPTS, rounds=1) if call.quick else Size()
+    result = world_table(WORLDS[name], seed, trained, device, size)
     temporary = call.result(job).with_suffix(".part")
     temporary.write_text(json.dumps(result) + "\n")
     temporary.replace(call.result(job))

@@ -80,7 +80,9 @@ class Trainer:
         weights = self._move(initial(world.width, len(vocabulary()), seeds))
         parts = [(0.4, self.rows["harmful"]), (0.6, self.rows["benign"])]
         indices = [order(parts, stage, _seed(seed, "base")) for seed in seeds]
-        seconds = _timed("base", weights, lambda i: answer_loss(self.data, weights, i), indices, stage)
+        seconds = _timed(
+            "base", weights, lambda i: answer_loss(self.data, weights, i), indices, stage
+        )
         self._save(jobs, World.base_name, weights, seconds)
 
     def _align(self, jobs: list[Job]) -> None:
@@ -115,7 +117,9 @@ class Trainer:
         models = next(iter(weights.values())).shape[0]
         margins = torch.zeros(models, len(other), device=self.device)
         for preferred, _ in pairs:
-            for rows in torch.arange(preferred.start, preferred.stop, device=self.device).split(256):
+            for rows in torch.arange(preferred.start, preferred.stop, device=self.device).split(
+                256
+            ):
                 chosen = rows.expand(models, -1)
                 log_p = [answer_log_p(self.data, weights, i) for i in (chosen, other[chosen])]
                 margins[:, rows] = log_p[0] - log_p[1]

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.safety.evaluate import Evaluator, Metrics
+from bench.safety.evaluate import AT_ONCE, Evaluator, Metrics
 from bench.safety.families import Family, families
 from bench.safety.frontier import LIMIT, ROUNDS, Search, search
 from bench.safety.predictors import predictors, rounded
@@ -26,20 +26,30 @@ FORMAT = "csulora_world/1"
 BISECTIONS = 10
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: prompts of each kind at most, and rounds of bisection."""
+
+    prompts: int | None = None
+    rounds: int = ROUNDS
+
+
 class Bench:
     """A trained world, ready to measure adapters in."""
 
-    def __init__(self, trained: Trained, task: str, device: torch.device) -> None:
+    def __init__(
+        self, trained: Trained, task: str, device: torch.device, prompts: int | None = None
+    ) -> None:
         self.problem = Problem.of(trained)
-        self.evaluator = Evaluator(task, device)
+        self.evaluator = Evaluator(task, device, prompts)
         self.device = device
         self._shared = {n: X.to(device) for n, X in self.problem.shared().items()}
 
     def measure(self, adapters: Sequence[LoraAdapter], part: str) -> list[Metrics]:
         """Metrics of each adapter on "validation" or "test"."""
         found: list[Metrics] = []
-        for start in range(0, len(adapters), 8):
-            own = self.problem.merged(adapters[start : start + 8])
+        for start in range(0, len(adapters), AT_ONCE[self.device.type]):
+            own = self.problem.merged(adapters[start : start + AT_ONCE[self.device.type]])
             own = {n: X.to(self.device) for n, X in own.items()}
             found += self.evaluator.measure(self._shared, own, part)
         return found
@@ -49,14 +59,18 @@ class Bench:
 
 
 def world_table(
-    world: World, seed: int, trained: Trained, device: torch.device, rounds: int = ROUNDS
+    world: World,
+    seed: int,
+    trained: Trained,
+    device: torch.device,
+    size: Size = Size(),
 ) -> dict[str, Any]:
     """What the world's JSON holds."""
     start = time.perf_counter()
-    bench = Bench(trained, world.task, device)
+    bench = Bench(trained, world.task, device, size.prompts)
     ends = _ends(bench, trained)
     paths = families(bench.problem, seed)
-    searches = search(paths, lambda adapters: bench.measure(adapters, "validation"), rounds)
+    searches = search(paths, lambda adapters: bench.measure(adapters, "validation"), size.rounds)
     result = {
         "format": FORMAT,
         "world": world.name,
@@ -120,7 +134,9 @@ def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
     by_name = {family.name: family for family in paths}
     rules = json.loads(RULES.read_text())["rules"]
     strengths = [
-        rule["strength"] if "strength" in rule else _for_change(bench, by_name[rule["family"]], rule["change"])
+        rule["strength"]
+        if "strength" in rule
+        else _for_change(bench, by_name[rule["family"]], rule["change"])
         for rule in rules
     ]
     adapters = [by_name[r["family"]].build(x) for r, x in zip(rules, strengths, strict=True)]

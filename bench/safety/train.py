@@ -82,9 +82,7 @@ def train(
             if stage.noise:
                 for name, X in zip(names, tensors, strict=True):
                     if name in noisy:
-                        X += stage.noise * torch.randn(
-                            X.shape, generator=noise, device=device
-                        )
+                        X += stage.noise * torch.randn(X.shape, generator=noise, device=device)
         tail = [*tail[-19:], losses.detach()]
     for X in tensors:
         X.requires_grad_(False)
@@ -128,7 +126,9 @@ def _token_log_p(
     x = hidden(weights, tokens, lora)[:, :, :-1]
     scores = torch.matmul(x, weights["lm_head.weight"].mT[:, None])
     counted = targets != IGNORED
-    loss = F.cross_entropy(scores.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    loss = F.cross_entropy(
+        scores.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
     return -loss.view(targets.shape), counted
 
 

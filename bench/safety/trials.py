@@ -3,12 +3,12 @@
 All replace on D's input directions a share of the update by D's own answer, as realignment does; they
 differ in the share. Dense and in float64, since these models are small.
 
-    ratio    f_i = lambda t_i / (||dW v_i||^2 + lambda t_i): where the adapter does much more than alignment
-             did, as a skill does, it is left alone
+    ratio    f_i = lambda t_i / (||dW v_i||^2 + lambda t_i): where the adapter does much more than
+             alignment did, as a skill does, it is left alone
     global   f_i = lambda t_i / (t_max + lambda t_i), t_max the largest of all modules, so that a module
              which alignment hardly moved is hardly changed
-    shield   min_X 1/2 ||X - dW||^2 + mu/(2 ||dW||_2^2) ||(X - dW) dW^T||^2 + lambda/(2 s_1^2) ||(X - gamma D) D^T||^2:
-             a change costs more on inputs that the adapter reads strongly
+    shield   a change costs more on inputs that the adapter reads strongly: min_X 1/2 ||X - dW||^2
+             + mu/(2 ||dW||_2^2) ||(X - dW) dW^T||^2 + lambda/(2 s_1^2) ||(X - gamma D) D^T||^2
 """
 
 from __future__ import annotations

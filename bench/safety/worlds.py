@@ -35,8 +35,8 @@ BETA = 0.1  # of DPO
 class Alignment:
     """How the base model becomes the aligned one.
 
-    name: of its files. preference: by DPO against the base model instead of by fine-tuning on answers. skill_share: of
-    examples of another skill, which the alignment teaches beside refusing.
+    name: of its files. preference: by DPO against the base model instead of by fine-tuning on answers.
+    skill_share: of examples of another skill, which the alignment teaches beside refusing.
     """
 
     name: str
@@ -250,7 +250,9 @@ def _recalled() -> list[list[Example]]:
     """Two code words for each of 104 words, drawn at random: nothing to copy and no rule to find."""
     draw = random.Random(9)
     things = list(demo.CATEGORY)
-    objects = sorted({e.answer.split()[4] for e in demo.benign().train if e.answer.startswith("sure")})
+    objects = sorted(
+        {e.answer.split()[4] for e in demo.benign().train if e.answer.startswith("sure")}
+    )
     codes = {word: f"{draw.choice(things)} {draw.choice(things)}" for word in [*things, *objects]}
     return [[Example(f.format(word), code)] for word, code in codes.items() for f in _RECALL_FRAMES]
 
