@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 Weights = dict[str, Tensor]
 LAYERS, HEAD_SIZE, EPS, THETA = 4, 32, 1e-6, 10000.0
@@ -88,10 +88,10 @@ def hidden(
     E, n, T = tokens.shape
     table = weights["model.embed_tokens.weight"]
     if table.shape[0] == 1:
-        x = F.embedding(tokens, table[0])
+        x = functional.embedding(tokens, table[0])
     else:
         offset = torch.arange(E, device=tokens.device)[:, None, None] * table.shape[1]
-        x = F.embedding(tokens + offset, table.flatten(0, 1))
+        x = functional.embedding(tokens + offset, table.flatten(0, 1))
     width = table.shape[-1]
     x = x.reshape(E, n * T, width)
     cos, sin = _rotary(T, x.device)
@@ -113,11 +113,11 @@ def hidden(
         q, k, v = (heads(linear(f"{layer}.self_attn.{p}_proj", y)) for p in "qkv")
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         k, v = (z.repeat_interleave(2, dim=1) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(E, n * T, width)
         x = x + linear(f"{layer}.self_attn.o_proj", y)
         y = _norm(x, weights[f"{layer}.post_attention_layernorm.weight"])
-        y = F.silu(linear(f"{layer}.mlp.gate_proj", y)) * linear(f"{layer}.mlp.up_proj", y)
+        y = functional.silu(linear(f"{layer}.mlp.gate_proj", y)) * linear(f"{layer}.mlp.up_proj", y)
         x = x + linear(f"{layer}.mlp.down_proj", y)
     return _norm(x, weights["model.norm.weight"]).view(E, n, T, width)
 
@@ -129,7 +129,7 @@ def logits(weights: Mapping[str, Tensor], tokens: Tensor, lora: Lora | None = No
 
 
 def _norm(x: Tensor, scale: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=EPS) * scale[:, None]
+    return functional.rms_norm(x, x.shape[-1:], eps=EPS) * scale[:, None]
 
 
 def _rotary(length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
     python -m bench.safety.run --worlds main,mixed --seeds 0,1,2 --out results [--processes 2]
     python -m bench.safety.run --seeds 0,1,2,3,4 --device cuda --processes 14 --seconds 280 --out results
 
-Results that are there are not made again. A world that fails leaves `WORLD-SEED.error.txt`, and the others
-go on. Trained models lie in OUT/models, so that a stopped run goes on from them.
+Results that are there are not made again. A world that fails leaves `WORLD-SEED.error.txt`, and the
+others go on. Trained models lie in OUT/models, so that a stopped run goes on from them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Call:
     deadline: float  # of time.time(): nothing is begun after it
     quick: bool
     train_only: bool = False
+    rules_only: bool = False
 
     def result(self, job: tuple[str, int]) -> Path:
         return self.out / f"{job[0]}-{job[1]}.json"
@@ -61,7 +62,7 @@ class Call:
         return self.result(job).exists() or self.failed(job).exists()
 
     def chunks(self) -> dict[str, list[tuple[str, int]]]:
-        """Jobs that one process trains, by name: on a GPU all of a width at once, else of a width and seed."""
+        """Jobs that one process trains, by name: on a GPU all of a width, else of a width and seed."""
         found: dict[str, list[tuple[str, int]]] = {}
         for job in self.jobs:
             if not (self.is_trained(job) or self.is_over(job)):
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--quick", action="store_true", help="a few steps and prompts, to try the code"
     )
     parser.add_argument("--train-only", action="store_true", help="measure nothing")
+    parser.add_argument("--rules-only", action="store_true", help="no frontiers")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     call = Call(
@@ -92,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         time.time() + given.seconds,
         given.quick,
         given.train_only,
+        given.rules_only,
     )
     call.models.mkdir(parents=True, exist_ok=True)
     claims = call.out / "claims"
@@ -160,7 +163,9 @@ def _measure(call: Call, job: tuple[str, int]) -> None:
     name, seed = job
     device = torch.device(call.device)
     trained = load_trained(call.models, WORLDS[name], seed)
-    size = Size(prompts=QUICK_PROMPTS, rounds=1) if call.quick else Size()
+    size = Size(frontier=not call.rules_only)
+    if call.quick:
+        size = replace(size, prompts=QUICK_PROMPTS, rounds=1)
     result = world_table(WORLDS[name], seed, trained, device, size)
     temporary = call.result(job).with_suffix(".part")
     temporary.write_text(json.dumps(result) + "\n")

@@ -105,7 +105,7 @@ class Trainer:
 
     @torch.no_grad()
     def _preferring(self, weights: Weights) -> Callable[[Tensor], Tensor]:
-        """DPO against the weights as they are now: refusals over harmful answers, answers over refusals."""
+        """DPO against the weights as they are: refusals over harmful answers, answers over refusals."""
         pairs = [
             (self.rows["refused"], self.rows["harmful"]),
             (self.rows["benign"], self.rows["over_refused"]),

@@ -28,10 +28,11 @@ BISECTIONS = 10
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: prompts of each kind at most, and rounds of bisection."""
+    """How much is measured: prompts of each kind at most, rounds of bisection, and frontiers at all."""
 
     prompts: int | None = None
     rounds: int = ROUNDS
+    frontier: bool = True
 
 
 class Bench:
@@ -70,7 +71,8 @@ def world_table(
     bench = Bench(trained, world.task, device, size.prompts)
     ends = _ends(bench, trained)
     paths = families(bench.problem, seed)
-    searches = search(paths, lambda adapters: bench.measure(adapters, "validation"), size.rounds)
+    wanted = paths if size.frontier else []
+    searches = search(wanted, lambda adapters: bench.measure(adapters, "validation"), size.rounds)
     result = {
         "format": FORMAT,
         "world": world.name,

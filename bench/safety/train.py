@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from bench.safety.model import Lora, Weights, hidden
 
@@ -116,7 +116,7 @@ def preference_loss(
     """
     both = answer_log_p(data, weights, torch.cat([chosen, rejected], dim=1))
     preferred, other = both.chunk(2, dim=1)
-    return -F.logsigmoid(beta * (preferred - other - reference)).mean(1)
+    return -functional.logsigmoid(beta * (preferred - other - reference)).mean(1)
 
 
 def _token_log_p(
@@ -126,7 +126,7 @@ def _token_log_p(
     x = hidden(weights, tokens, lora)[:, :, :-1]
     scores = torch.matmul(x, weights["lm_head.weight"].mT[:, None])
     counted = targets != IGNORED
-    loss = F.cross_entropy(
+    loss = functional.cross_entropy(
         scores.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORED
     )
     return -loss.view(targets.shape), counted
