@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.safety.model import Lora, Weights, initial, lora_start, module_names
 from bench.safety.train import Data, Stage, answer_log_p, answer_loss, order, preference_loss, train
-from bench.safety.worlds import BETA, World, pools, vocabulary
+from bench.safety.worlds import BETA, LIKELIHOOD, World, pools, vocabulary
 
 log = logging.getLogger("safety")
 SCALE = 2.0  # lora_alpha / r
@@ -126,7 +126,8 @@ class Trainer:
 
         def loss(indices: Tensor) -> Tensor:
             reference = margins.gather(1, indices)
-            return preference_loss(self.data, weights, indices, other[indices], reference, BETA)
+            pair = indices, other[indices]
+            return preference_loss(self.data, weights, *pair, reference, BETA, LIKELIHOOD)
 
         return loss
 

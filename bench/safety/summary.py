@@ -52,7 +52,7 @@ def _seed(result: dict[str, Any]) -> int:
 
 
 def value(result: dict[str, Any], row: Sequence[float] | None, metric: str) -> float:
-    """A metric of one row, in percent; 0 where nothing is within the limit: no adapter is left to serve."""
+    """A metric of one row in percent; 0 where nothing is within the limit: no adapter is left."""
     if row is None:
         return 0.0
     return 100 * row[result["metrics"].index(metric)]

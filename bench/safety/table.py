@@ -132,7 +132,7 @@ def _frontier(bench: Bench, searches: list[Search]) -> dict[str, Any]:
 
 
 def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
-    """Each fixed rule on validation and on test prompts."""
+    """Each fixed rule, and on test prompts the raw adapter scaled to its change and to its norm."""
     by_name = {family.name: family for family in paths}
     rules = json.loads(RULES.read_text())["rules"]
     strengths = [
@@ -142,14 +142,22 @@ def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
         for rule in rules
     ]
     adapters = [by_name[r["family"]].build(x) for r, x in zip(rules, strengths, strict=True)]
-    rows = {part: bench.measure(adapters, part) for part in ("validation", "test")}
+    changes = [bench.change(adapter) for adapter in adapters]
+    raw = bench.problem.adapter
+    norms = [math.sqrt(baselines.energy(a) / baselines.energy(raw)) for a in adapters]
+    factors = [baselines.equal_change_factor(change) for change in changes]
+    rows = {
+        "validation": bench.measure(adapters, "validation"),
+        "test": bench.measure(adapters, "test"),
+        "scaled to its change": bench.measure([baselines.scaled(raw, c) for c in factors], "test"),
+        "scaled to its norm": bench.measure([baselines.scaled(raw, c) for c in norms], "test"),
+    }
     return [
         {
             **rule,
             "used": _plain(strengths[i]),
-            "changed": bench.change(adapters[i]),
-            "validation": rows["validation"][i].as_list(),
-            "test": rows["test"][i].as_list(),
+            "changed": changes[i],
+            **{name: metrics[i].as_list() for name, metrics in rows.items()},
         }
         for i, rule in enumerate(rules)
     ]

@@ -109,14 +109,21 @@ def preference_loss(
     rejected: Tensor,
     reference: Tensor,
     beta: float,
+    likelihood: float,
 ) -> Tensor:
-    """DPO (arXiv 2305.18290): -log sigmoid(beta (margin of the model - margin of the reference)), (E,).
+    """DPO (arXiv 2305.18290) with a term for the chosen answer (arXiv 2404.19733), (E,).
+
+    -log sigmoid(beta (margin of the model - margin of the reference)) + likelihood * cross entropy.
+    Without the term the margin of an answer that the reference never gives grows, and still it is not
+    given.
 
     chosen, rejected: indices (E, n) of the same prompt with two answers; reference: its margin (E, n).
     """
     both = answer_log_p(data, weights, torch.cat([chosen, rejected], dim=1))
     preferred, other = both.chunk(2, dim=1)
-    return -functional.logsigmoid(beta * (preferred - other - reference)).mean(1)
+    words = (data.targets[chosen] != IGNORED).sum((1, 2))
+    preference = -functional.logsigmoid(beta * (preferred - other - reference)).mean(1)
+    return preference - likelihood * preferred.sum(1) / words
 
 
 def _token_log_p(

@@ -20,9 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.safety.model import TARGETS
+import csulora
+from bench.safety.model import MLP, TARGETS
 from bench.safety.problem import Problem, update
-from csulora import LoraAdapter
+from csulora import LoraAdapter, Realignment, baselines
 from csulora.adapter import LoraModule
 
 Share = Callable[[float, Tensor, Tensor, float], Tensor]  # strength, t, ||dW v||^2, t_max -> f
@@ -41,7 +42,21 @@ def builders(problem: Problem) -> dict[str, Callable[[float], LoraAdapter]]:
     for mu in (3.0, 30.0):
         found[f"shield {mu:g}"] = _shielded(problem, mu, TARGETS)
     found["shield 10, q, k left alone"] = _shielded(problem, 10.0, NOT_Q_K)
+    found["mlp dropped, realign exact v and o"] = _mlp_dropped(problem)
     return found
+
+
+def _mlp_dropped(problem: Problem) -> Callable[[float], LoraAdapter]:
+    """No update of MLPs at all, and realignment of what attention writes."""
+    names = [name for name in problem.adapter.modules if name.rpartition(".")[2] in MLP]
+    start = Realignment(form="exact")
+
+    def build(strength: float) -> LoraAdapter:
+        chosen = start.with_strength(strength)
+        corrected, _ = csulora.correct(problem.adapter, problem.subspace, chosen, device="cpu")
+        return baselines.pruned(problem.only(corrected, ("v_proj", "o_proj")), names)
+
+    return build
 
 
 def _ratio(strength: float, t: Tensor, own: Tensor, largest: float) -> Tensor:
