@@ -29,7 +29,6 @@ BASE = Stage(steps=1500, learning_rate=2e-3)
 LORA = Stage(steps=300, learning_rate=5e-4)
 LONG_LORA = Stage(steps=600, learning_rate=1e-3)
 BETA, LIKELIHOOD = 0.1, 0.2  # of DPO
-RECALL_LORA = Stage(steps=1000, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _of_width(world: World, width: int, factor: float) -> World:
 
 
 _MIXED = World("mixed", alignment=MIXED)
-_RECALL = World("recall", task="recall", lora=RECALL_LORA)
+_RECALL = World("recall", task="recall", lora=LONG_LORA)
 _FLAT_MIXED = replace(FLAT, name="mixed_flat", skill_share=0.3)
 # In the order of importance.
 _ALL = (
