@@ -139,7 +139,8 @@ def _wish(arguments: argparse.Namespace) -> Wish | None:
         raise UsageError("--select and --report belong together: one chooses, the other reports")
     first = arguments.eval if arguments.eval is not None else arguments.select
     if first is None:
-        given = [name for name in _EVALUATING if getattr(arguments, name) not in (None, False)]
+        values = {name: getattr(arguments, name) for name in _EVALUATING}
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if given:
             raise UsageError(f"--{given[0]} needs --eval, or --select and --report")
         return None

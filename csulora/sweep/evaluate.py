@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class Evaluation:
         self._report, self._say = report, say
         self._runner = Runner(wish.timeout)
         self._done = self._total = 0
+        self._lock = threading.Lock()
         self._found = Found()
         self._failed: dict[str, str] = {}  # in this run; the next one tries again
 
@@ -219,8 +221,9 @@ class Evaluation:
             metrics = None  # kept when another goal needed less
         if metrics is None and key not in self._failed:
             metrics = self._attempt(key, variant, command, needed)
-        self._done += 1
-        self._report(self._done, max(self._total, self._done), variant.title)
+        with self._lock:
+            self._done += 1
+            self._report(self._done, max(self._total, self._done), variant.title)
         return metrics
 
     def _attempt(
