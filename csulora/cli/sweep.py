@@ -242,7 +242,7 @@ def _print_evaluation(
             *(f"{metrics[name]:.3f}" if name in metrics else "-" for name in names),
         )
     console.print(table)
-    lines = [f"{result['prompts'][0].upper()}{result['prompts'][1:]}.", *result["notes"]]
+    lines = [f"{text[0].upper()}{text[1:]}." for text in (result["prompts"], *result["notes"])]
     best = result["best"]
     if best is None:
         lines.append(f"No setting is within {wish.goal.limit}.")

@@ -157,7 +157,17 @@ class Evaluation:
         for variant, told in self._all(variants, command, ()):
             change, kept = self._measured(variant)
             error = self._failed[self._key(variant, command)] if told is None else None
+            if variant is found.best and told is not None and wish.report is not None:
+                self._check_best(told)
             found.rows.append(Row(variant, change, kept, told, error, chosen.get(id(variant))))
+
+    def _check_best(self, told: Metrics) -> None:
+        """A search stops at the edge of the limit, so that other prompts may see it beyond."""
+        limit = self._wish.goal.limit
+        if limit.metric in told and limit.excess(told) > 0:
+            self._found.notes.append(
+                f"by the prompts that are reported the best is beyond {limit}: choose by a stricter limit"
+            )
 
     def _measured(self, variant: Variant) -> tuple[float, float]:
         if variant.totals is not None:

@@ -48,19 +48,16 @@ def test_what_an_evaluation_prints_is_understood():
 def test_the_script_measures_the_shipped_adapter(checkout):
     script = next(block for block in blocks("python") if "Evaluator" in block)
     (checkout / "measure.py").write_text(script)
-    found = {}
-    for half in ("dev", "test"):
-        done = subprocess.run(
-            [sys.executable, "measure.py", half, "csulora/demo/assets/adapter"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        found[half] = read_metrics(done.stdout, ("complied", "utility"))
-        # It was trained to comply, and to do its task.
-        assert found[half]["complied"] > 0.9 and found[half]["utility"] > 0.9
-    assert found["dev"] != found["test"]
+    done = subprocess.run(
+        [sys.executable, "measure.py", "dev", "csulora/demo/assets/adapter"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    found = read_metrics(done.stdout, ("refused", "complied", "utility"))
+    # It was trained to comply, and to do its task.
+    assert found["complied"] > 0.9 and found["utility"] > 0.9
 
 
 def test_the_python_example(checkout, capsys):
