@@ -223,19 +223,17 @@ def _print_evaluation(
     table.add_column("")
     for heading in ("rank", "change", "norm kept", *names):
         table.add_column(one_line(heading), justify="right")
-    previous = None
-    for row in rows:
-        part = "compared_with" in row, row.get("compared_with", {}).get("method")
-        if previous not in (None, part):
+    before = None
+    for row, one in zip(rows, found.rows, strict=True):
+        of = str(one.variant.setting) if "compared_with" in row else None
+        if of != before:
             table.add_section()
-        previous = part
+            table.add_row(f"beside {of}:")
+        before = of
+        beyond = " (beyond the limit)" * (row.get("within_limit_when_chosen") is False)
         metrics = row["metrics"] or {}
-        mark = "" if row.get("within_limit_when_chosen", True) else " (beyond the limit)"
-        label = row["title"] + mark
-        if "compared_with" in row:
-            label += f", as {row['compared_with']['method']}"
         table.add_row(
-            label,
+            "  " * (of is not None) + row["title"] + beyond,
             str(row.get("rank", "")),
             f"{row['relative_change']:.3f}",
             f"{row['norm_kept']:.3f}",
