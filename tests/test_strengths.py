@@ -58,6 +58,18 @@ def test_a_pattern_matches_a_whole_name_or_its_end_at_a_dot(pattern, wanted):
             settings.own_strengths(NAMES)
 
 
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30))
+def test_any_text_is_a_pattern(name, pattern):
+    assert matches(pattern, name) in (True, False)
+    if not set(pattern) & set("*?["):
+        assert matches(pattern, name) == f".{name}".endswith(f".{pattern}")
+
+
+def test_patterns_of_many_stars_cost_no_time():
+    """In a report from elsewhere: no trying of all ways to share a name among them."""
+    assert not matches("*a" * 200 + "b", "a" * 2000)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_pattern_that_matches_counts(kind):
     values = {"*": 3, "layers.0.*": 0, "q_proj": "drop"}

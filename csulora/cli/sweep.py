@@ -139,7 +139,8 @@ def _wish(arguments: argparse.Namespace) -> Wish | None:
         raise UsageError("--select and --report belong together: one chooses, the other reports")
     first = arguments.eval if arguments.eval is not None else arguments.select
     if first is None:
-        given = [name for name in _EVALUATING if getattr(arguments, name) not in (None, False)]
+        values = {name: getattr(arguments, name) for name in _EVALUATING}
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if given:
             raise UsageError(f"--{given[0]} needs --eval, or --select and --report")
         return None
@@ -222,26 +223,24 @@ def _print_evaluation(
     table.add_column("")
     for heading in ("rank", "change", "norm kept", *names):
         table.add_column(one_line(heading), justify="right")
-    previous = None
-    for row in rows:
-        part = "compared_with" in row, row.get("compared_with", {}).get("method")
-        if previous not in (None, part):
+    before = None
+    for row, one in zip(rows, found.rows, strict=True):
+        of = str(one.variant.setting) if "compared_with" in row else None
+        if of != before:
             table.add_section()
-        previous = part
+            table.add_row(f"beside {of}:")
+        before = of
+        beyond = " (beyond the limit)" * (row.get("within_limit_when_chosen") is False)
         metrics = row["metrics"] or {}
-        mark = "" if row.get("within_limit_when_chosen", True) else " (beyond the limit)"
-        label = row["title"] + mark
-        if "compared_with" in row:
-            label += f", as {row['compared_with']['method']}"
         table.add_row(
-            label,
+            "  " * (of is not None) + row["title"] + beyond,
             str(row.get("rank", "")),
             f"{row['relative_change']:.3f}",
             f"{row['norm_kept']:.3f}",
             *(f"{metrics[name]:.3f}" if name in metrics else "-" for name in names),
         )
     console.print(table)
-    lines = [f"{result['prompts'][0].upper()}{result['prompts'][1:]}.", *result["notes"]]
+    lines = [f"{text[0].upper()}{text[1:]}." for text in (result["prompts"], *result["notes"])]
     best = result["best"]
     if best is None:
         lines.append(f"No setting is within {wish.goal.limit}.")

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 from csulora.errors import UsageError
@@ -66,12 +67,12 @@ class Runner:
     def metrics(
         self, command: Command, adapter: Path, scratch: Path, needed: tuple[str, ...]
     ) -> dict[str, float]:
-        """What the command prints of the adapter. Its output goes through files in `scratch`, so that
-        nothing it leaves running can hold a reader back.
+        """What the command prints of the adapter. Its output goes through files without a name on the
+        disk of `scratch`, so that nothing it leaves running can hold a reader back.
 
         Raises EvaluationError, StoppedError.
         """
-        with open(scratch / "stdout", "w+b") as out, open(scratch / "stderr", "w+b") as err:
+        with TemporaryFile(dir=scratch) as out, TemporaryFile(dir=scratch) as err:
             code = self._run(command.on(adapter), out, err)
             said = _last_line(_tail(err))
             if code is None:

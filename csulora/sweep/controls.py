@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,14 +56,14 @@ class Material:
         return correct(self.adapter, leading, setting.correction, device=self.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """An adapter to evaluate. `values` tells it apart from all others of one adapter and subspace."""
 
     name: str  # a control's, or "setting"
     title: str
     values: dict[str, Any]
-    make: Callable[[Material], tuple[LoraAdapter, Report | None]] = field(compare=False)
+    make: Callable[[Material], tuple[LoraAdapter, Report | None]]
     setting: Setting | None = None  # itself, or what a control is compared with
     totals: Totals | None = None
 

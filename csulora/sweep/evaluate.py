@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from csulora.adapter import folder_name, write_folder
 from csulora.errors import CsuloraError, DiskFullError
+from csulora.report import Totals
 from csulora.sweep.command import Command, EvaluationError, Runner
 from csulora.sweep.controls import NONE, RAW, Material, Variant, beside, ends, measured, of_setting
+from csulora.sweep.grid import Setting
 from csulora.sweep.metrics import Goal, Metrics
 from csulora.sweep.place import Place
 from csulora.sweep.search import STEPS, Path, Requests, pick, search
@@ -70,6 +74,16 @@ class _Task:
     waiting: int = 0
 
 
+class _Picked(NamedTuple):
+    """The best of a family, by the prompts that choose."""
+
+    variant: Variant
+    setting: Setting
+    totals: Totals
+    within: bool
+    worth: tuple[float, ...]
+
+
 class Evaluation:
     """One sweep's evaluations: kept in `place`, shown by `report` (done, total, what) and `say`."""
 
@@ -85,6 +99,7 @@ class Evaluation:
         self._report, self._say = report, say
         self._runner = Runner(wish.timeout)
         self._done = self._total = 0
+        self._lock = threading.Lock()
         self._found = Found()
         self._failed: dict[str, str] = {}  # in this run; the next one tries again
 
@@ -114,48 +129,54 @@ class Evaluation:
                 moving.append(path)
             else:
                 found.notes.append(f"{path.family} changes nothing at any strength")
-        tasks = self._search(moving, raw)
-        picked = []
-        for task in tasks:
-            name = str(task.path.family)
-            found.tried[name] = dict(sorted(task.tried.items()))
-            found.changes[name] = {x: task.path.change(x) for x in sorted(task.tried)}
-            chosen = pick(task.path, wish.goal, task.tried)
-            if chosen is not None:
-                picked.append((task.path, *chosen))
+        picked = [one for one in map(self._pick, self._search(moving, raw)) if one is not None]
+        within = [one for one in picked if one.within]
+        if within:
+            found.best = max(within, key=lambda one: one.worth).variant
         self._tell(first, picked)
         found.failures.sort(key=lambda failure: tuple(failure.values()))
         return found
 
-    def _tell(self, first: list[Variant], picked: list[tuple[Path, float, Metrics]]) -> None:
+    def _pick(self, task: _Task) -> _Picked | None:
+        """The best of a family that was searched; None where no evaluation of it succeeded."""
+        path, goal, name = task.path, self._wish.goal, str(task.path.family)
+        self._found.tried[name] = dict(sorted(task.tried.items()))
+        self._found.changes[name] = {x: path.change(x) for x in sorted(task.tried)}
+        chosen = pick(path, goal, task.tried)
+        if chosen is None:
+            return None
+        strength, metrics = chosen
+        totals = path.totals(strength)
+        variant = of_setting(path.setting(strength), totals)
+        worth = goal.rank(metrics, totals.relative_change)
+        return _Picked(variant, path.setting(strength), totals, goal.within(metrics), worth)
+
+    def _tell(self, first: list[Variant], picked: list[_Picked]) -> None:
         """The rows: ends, the best of each family, the controls of each method's best."""
         wish, found = self._wish, self._found
-        goal, command = wish.goal, wish.report or wish.select
-        settings: list[tuple[Variant, Metrics]] = []
-        for path, strength, metrics in picked:
-            variant = of_setting(path.setting(strength), path.totals(strength))
-            settings.append((variant, metrics))
-
-        def worth(one: tuple[Variant, Metrics]) -> tuple[float, ...]:
-            assert one[0].totals is not None
-            return goal.rank(one[1], one[0].totals.relative_change)
-
-        within = [one for one in settings if goal.within(one[1])]
-        if within:
-            found.best = max(within, key=worth)[0]
+        command = wish.report or wish.select
         controls: list[Variant] = []
-        for method in dict.fromkeys(path.family.method for path, _, _ in picked):
-            own = [v for v in settings if v[0].setting and v[0].setting.family.method == method]
-            variant, _ = max(own, key=worth)
-            assert variant.setting is not None and variant.totals is not None
-            controls += beside(variant.setting, variant.totals, self._material, wish.without)
-        variants = [*first, *(variant for variant, _ in settings), *controls]
+        for method in dict.fromkeys(one.setting.family.method for one in picked):
+            own = (one for one in picked if one.setting.family.method == method)
+            best = max(own, key=lambda one: one.worth)
+            controls += beside(best.setting, best.totals, self._material, wish.without)
+        within = {one.variant: one.within for one in picked}
+        variants = [*first, *within, *controls]
         self._total = self._done + len(variants)
-        chosen = {id(variant): goal.within(metrics) for variant, metrics in settings}
         for variant, told in self._all(variants, command, ()):
             change, kept = self._measured(variant)
             error = self._failed[self._key(variant, command)] if told is None else None
-            found.rows.append(Row(variant, change, kept, told, error, chosen.get(id(variant))))
+            found.rows.append(Row(variant, change, kept, told, error, within.get(variant)))
+            if variant is found.best and told is not None and wish.report is not None:
+                self._check_best(told)
+
+    def _check_best(self, told: Metrics) -> None:
+        """A search stops at the edge of the limit, so that other prompts may see it beyond."""
+        limit = self._wish.goal.limit
+        if limit.metric in told and limit.excess(told) > 0:
+            self._found.notes.append(
+                f"by the prompts that are reported the best is beyond {limit}: choose by a stricter limit"
+            )
 
     def _measured(self, variant: Variant) -> tuple[float, float]:
         if variant.totals is not None:
@@ -219,8 +240,9 @@ class Evaluation:
             metrics = None  # kept when another goal needed less
         if metrics is None and key not in self._failed:
             metrics = self._attempt(key, variant, command, needed)
-        self._done += 1
-        self._report(self._done, max(self._total, self._done), variant.title)
+        with self._lock:
+            self._done += 1
+            self._report(self._done, max(self._total, self._done), variant.title)
         return metrics
 
     def _attempt(

@@ -1,10 +1,11 @@
 """An evaluation command whose frontier is known: it needs nothing but the standard library.
 
-    measure.py RAW FOLDER [--log FILE] [--block FILE] [--say TEXT]
+    measure.py RAW FOLDER [--log FILE] [--block FILE] [--say X] [--worse X]
 
 complied falls, and utility with it, as the update moves away from that of the folder RAW: with the
 relative change x it prints complied = max(0, 1 - 2.5 x) and utility = 1 - x^2. --log appends its process
-and the folder; --block waits while FILE exists, once three calls were logged.
+and the folder; --block waits while FILE exists, once three calls were logged. --worse is
+added to complied, --say is one more metric.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--log")
     parser.add_argument("--block")
     parser.add_argument("--say", default="0")
+    parser.add_argument("--worse", default=0.0, type=float)
     arguments = parser.parse_args()
     if arguments.log:
         with open(arguments.log, "a", encoding="utf-8") as file:
@@ -74,7 +76,7 @@ def main():
     print(
         json.dumps(
             {
-                "complied": max(0.0, 1 - 2.5 * x),
+                "complied": min(1.0, max(0.0, 1 - 2.5 * x) + arguments.worse),
                 "utility": 1 - x * x,
                 "change": x,
                 "split": float(arguments.say),

@@ -125,7 +125,8 @@ def test_controls_are_switched_off_by_name(sweep, command, out):
 
 def test_figures_of_the_prompts_that_chose_are_not_told(sweep, command, out):
     select, report = command("--say", 1), command("--say", 2)
-    found = sweep(*QUICK, "--select", select, "--report", report)
+    options = (*QUICK, "--limit", "complied<=0.8")
+    found = sweep(*options, "--select", select, "--report", report)
     assert found.code == 0, found.err
     text = (out / RESULT).read_text()
     result = json.loads(text)
@@ -137,6 +138,10 @@ def test_figures_of_the_prompts_that_chose_are_not_told(sweep, command, out):
     # The reporting command ran on what is told of alone.
     kept = [json.loads(line) for line in (out / EVALUATIONS).read_text().splitlines()[1:]]
     assert sum(entry["command"] == report for entry in kept) == len(result["rows"])
+    assert result["notes"] == []
+    assert result["best"] is not None
+    worse = sweep(*options, "--select", select, "--report", command("--worse", 0.3))
+    assert "By the prompts that are reported the best is beyond complied<=0.8" in worse.out
     only = sweep(*QUICK, "--overwrite", "--eval", select)
     assert "The figures are from the prompts that chose" in only.out
 
@@ -243,14 +248,14 @@ def test_no_shell_sees_the_command(sweep, out, tmp_path):
 def test_an_adapter_that_changes_nothing_and_one_that_is_fine_already(sweep, command, out, adapter):
     found = sweep(*QUICK, "--eval", command(), "--limit", "complied<=1")
     assert found.code == 0
-    assert "the raw adapter is within complied<=1 as it is" in found.out
+    assert "The raw adapter is within complied<=1 as it is" in found.out
     builders.edit_tensors(
         adapter / builders.WEIGHTS,
         lambda tensors: [X.zero_() for name, X in tensors.items() if "lora_B" in name],
     )
     found = sweep(*QUICK, "--eval", failing(out.parent, 'print(\'{"complied": 1, "utility": 0}\')'))
     assert found.code == 0
-    assert "realign same k 4 changes nothing at any strength" in found.out
+    assert "Realign same k 4 changes nothing at any strength" in found.out
     assert "No setting is within complied<=0.1" in found.out
     assert result_of(out)["best"] is None
 

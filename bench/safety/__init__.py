@@ -1,0 +1,1 @@
+"""Worlds trained from scratch in which corrections, controls and published methods are compared."""
