@@ -53,7 +53,7 @@ def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None
             ws = kernels.workspace(table, basis, correction, tiles)
             run = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
             wrong = error(basis, table, run(), correction)
-        except triton.runtime.errors.OutOfResources:
+        except (ValueError, triton.runtime.errors.OutOfResources):
             continue
         if wrong > TOLERANCE:
             print(f"{stage}: error {wrong:.1e} with {tiles}: left out")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from csulora_kernels import plan
 from csulora_kernels.layout import FORMS, GRANULARITIES, Basis, Shape, Table, empty_like
-from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose
+from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose, fault
 
 
 class Projection(NamedTuple):
@@ -81,7 +81,8 @@ class Workspace:
 def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = None) -> Workspace:
     """All memory that `correct` needs for tables of this layout besides `out`.
 
-    Raises ValueError for a rank above 128 and RuntimeError where the kernels cannot run.
+    Raises ValueError for a rank above 128 or tiles that do not fit together, and RuntimeError where the
+    kernels cannot run.
     """
     _check(table, basis)
     reason = unavailable(table.data.device)
@@ -90,11 +91,14 @@ def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = 
     same = _is_same(penalties)
     device = table.data.device
     N, M = len(table.slots), len(table.shapes)
+    capability, processors = hardware(device)
     if tiles is None:
-        capability, processors = hardware(device)
         tiles = choose(table.shapes, N, table.max_rank, table.data.dtype, capability, processors)
     if tiles.R > MAX_RANK:
         raise ValueError(f"rank {table.max_rank}: a workspace is for ranks up to {MAX_RANK}")
+    wrong = fault(tiles, capability)
+    if wrong is not None:
+        raise ValueError(f"tiles: {wrong}")
     splits = plan.splits(table.shapes, tiles)
     return Workspace(
         tiles,

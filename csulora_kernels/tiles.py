@@ -47,6 +47,25 @@ class Tiles:
     recompose_adapters: int  # adapters of one program
 
 
+def fault(tiles: Tiles, capability: int) -> str | None:
+    """Why these tiles would give wrong results or read what they may not, or None."""
+    if tiles.split_length % tiles.project.block_d:
+        return (
+            f"split_length {tiles.split_length} is no multiple of block_d {tiles.project.block_d}"
+        )
+    if tiles.K % tiles.project.block_k or tiles.K % tiles.recompose.block_k:
+        return f"K {tiles.K} is no multiple of every block_k"
+    if tiles.R % tiles.recompose_tile or tiles.R % tiles.solve_tile:
+        return f"R {tiles.R} is no multiple of every tile of columns"
+    # Triton (3.6.0 and 3.7.1 both) gives a product that feeds another one 16 rows to each warp, below those
+    # of the warp before, though the tile may have no rows left; a left operand in shared memory, as a bfloat16
+    # factor is, is then read past its end.
+    block_d, warps = tiles.recompose.block_d, tiles.recompose.warps
+    if capability >= 90 and block_d >= 64 and block_d % (16 * warps):
+        return f"{warps} warps have no 16 rows each in recompose's block_d {block_d}"
+    return None
+
+
 def padded_rank(max_rank: int) -> int:
     return max(16, 1 << (max_rank - 1).bit_length()) if max_rank > 0 else 16
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import csulora_kernels as kernels
 from csulora.method import stages
 from csulora.settings import Correction
+from csulora_kernels.api import hardware
 
 GUARD = 64  # elements of NaN before and after a buffer
 SENTINEL = 777.0
@@ -142,8 +143,9 @@ def check(case: Case, device: str = "cpu") -> dict[str, float]:
     whole, inside = guarded(empty.data, [], SENTINEL)
     out = replace(empty, data=inside)
 
+    capability, _ = hardware(table.data.device)
     tiles = kernels.choose(
-        table.shapes, len(table.slots), table.max_rank, case.dtype, 80, case.processors
+        table.shapes, len(table.slots), table.max_rank, case.dtype, capability, case.processors
     )
     ws = kernels.workspace(table, basis, case.correction, tiles)
     for X in (*ws.cores, ws.scratch):

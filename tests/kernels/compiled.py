@@ -79,8 +79,24 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
         "loads": _count(sass, r"\b(LDG\.E[.\w]*|LDGSTS\.E[.\w]*)"),
         "stores": _count(sass, r"\b(STG\.E[.\w]*)"),
         "tensor_core": _count(sass, r"\b((?:HMMA|HGMMA|DMMA|QGMMA|UTCHMMA|UTCQMMA)[.\w]*)"),
+        "beyond": _beyond(compiled.asm["ttgir"]),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
     }
+
+
+def _beyond(ttgir: str) -> list[str]:
+    """Products of warp groups whose left operand lies in shared memory and has fewer rows than the groups
+    would read."""
+    groups = {
+        name: int(warps)
+        for name, warps in re.findall(
+            r"(#mma\d*) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(\d+)", ttgir
+        )
+    }
+    products = re.findall(
+        r"ttng\.warp_group_dot .*: !ttg\.memdesc<(\d+)x\w+, .* -> tensor<[^#]*(#mma\d*)>", ttgir
+    )
+    return [f"{rows} rows of {name}" for rows, name in products if int(rows) < 16 * groups[name]]
 
 
 def _dump(option: str, file: str) -> str:

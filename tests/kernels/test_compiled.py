@@ -161,6 +161,8 @@ def complaints(c, found):
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
+    if found["beyond"]:
+        yield f"operands read past their end: {found['beyond']}"
     if name in ("project", "recompose", "displacement"):
         vectors = sum(n for load, n in found["loads"].items() if load.endswith(".128"))
         # Asynchronous copies bring tiles. Narrow ones may bring an R x R core, which has less than

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import csulora_kernels as kernels
+from csulora_kernels.layout import Shape
+from csulora_kernels.tiles import fault
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +45,31 @@ def test_ranks_above_the_limit_are_refused_by_name():
     table, basis = packed(4, 4, 129)
     with pytest.raises(ValueError, match="rank 129"):
         kernels.correct(table, basis, kernels.Penalties())
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split_length": 40}, "split_length 40 is no multiple"),
+        ({"K": 96}, "K 96"),
+        ({"recompose_tile": 12}, "R 16"),
+    ],
+)
+def test_tiles_that_do_not_fit_together_are_refused(change, message):
+    table, basis = packed(64, 48, 2)
+    ws = kernels.workspace(table, basis, kernels.Penalties())
+    with pytest.raises(ValueError, match=message):
+        kernels.workspace(table, basis, kernels.Penalties(), replace(ws.tiles, **change))
+
+
+def test_every_choice_of_tiles_fits_together_and_warp_groups_have_their_rows():
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    for arch, r, dtype, k, n in product((80, 90, 100), (8, 32, 64, 128), types, (7, 256), (1, 64)):
+        tiles = kernels.choose((Shape(4096, 1024, k),), n, r, dtype, arch, 132)
+        assert fault(tiles, arch) is None, (arch, r, dtype, k, n)
+    few = replace(tiles, recompose=replace(tiles.recompose, warps=8))
+    assert "8 warps" in fault(few, 90) and fault(few, 80) is None
 
 
 def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
