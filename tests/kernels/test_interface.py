@@ -53,7 +53,8 @@ def test_ranks_above_the_limit_are_refused_by_name():
     [
         ({"split_length": 40}, "split_length 40 is no multiple"),
         ({"K": 96}, "K 96"),
-        ({"recompose_tile": 12}, "R 16"),
+        ({"solve_tile": 12}, "R 16"),
+        ({"recompose_length": 100}, "recompose_length 100"),
     ],
 )
 def test_tiles_that_do_not_fit_together_are_refused(change, message):
@@ -98,14 +99,14 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize(("form", "factor"), [("exact", 2), ("same", 1)])
-def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, factor, monkeypatch):
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, monkeypatch):
     """No operator of PyTorch runs at all: the three launches are everything."""
     from triton.runtime.interpreter import GridExecutor
 
     table, basis = packed(64, 48, 2)
     penalties = kernels.Penalties(form=form)
-    out, ws = kernels.empty_like(table, factor), kernels.workspace(table, basis, penalties)
+    out, ws = kernels.empty_like(table, penalties), kernels.workspace(table, basis, penalties)
     kernels.correct(table, basis, penalties, out=out, workspace=ws)
     seen = []
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **kw: seen.append("launch"))
