@@ -1,6 +1,6 @@
 """The kernels on one GPU beside their floor, the eager reference, torch.compile of it and a CUDA graph.
 
-    python bench/gpu.py [--json FILE] [--seconds 450]
+    python bench/gpu.py [--json FILE] [--seconds 450] [--only "N=64 r=16"] [--all]
 
 Copy bandwidth and matmul rate are measured first, in the same run; every share is of that bandwidth. No
 figure is given for a result that fails its check against float64. `--dry` runs everything but the clock
@@ -10,6 +10,7 @@ on a toy model, also where there is no GPU (with TRITON_INTERPRET=1 in the envir
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -23,13 +24,16 @@ from typing import Any
 
 import torch
 import triton
-from roofline import Workload, stage_bytes
+from roofline import FORMS, Workload, stage_bytes
 from shapes import MODELS
 from torch import Tensor
 
 import csulora_kernels as kernels
-from csulora import Correction
+from csulora import Correction, Realignment
+from csulora.method import realign
+from csulora.method.realign import Spectrum
 from csulora.method.stages import project, recompose, solve
+from csulora.settings import Method
 
 TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
 MODELS["toy"] = ({"a": (96, 80), "b": (72, 96)}, 1)
@@ -62,13 +66,15 @@ class Run:
     bandwidth: float | None = None  # bytes a second
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, row: Row, work: Callable[[], object], moved: int, passed: bool) -> None:
-        """Time a piece of work, unless its result is wrong."""
+    def add(
+        self, row: Row, work: Callable[[], object], moved: int, passed: bool, most: int = 50
+    ) -> None:
+        """Time a piece of work, at most so often, unless its result is wrong."""
         row.bytes = moved
         if not passed:
             row.note = "check failed: no figure"
         else:
-            row.milliseconds, row.p20, row.p80 = quantiles(self.clock, work)
+            row.milliseconds, row.p20, row.p80 = quantiles(self.clock, work, most)
         if row.milliseconds and self.bandwidth:
             row.floor_share = moved / (row.milliseconds / 1e3) / self.bandwidth
         self.rows.append(row)
@@ -90,15 +96,15 @@ def no_clock(work: Callable[[], object]) -> None:
 
 
 def quantiles(
-    clock: Clock, work: Callable[[], object]
+    clock: Clock, work: Callable[[], object], most: int = 50
 ) -> tuple[float | None, float | None, float | None]:
-    """(median, p20, p80) of a second's worth of calls, 5 to 50, after two that do not count."""
+    """(median, p20, p80) of half a second of calls, 2 to `most`, after one that does not count."""
     work()
     first = clock(work)
     if first is None:
         return None, None, None
-    count = min(50, max(5, int(1000 / max(first, 1e-3))))
-    times = sorted(clock(work) or 0.0 for _ in range(count))
+    count = min(most, max(2, int(500 / max(first, 1e-3))))
+    times = sorted([first, *(clock(work) or 0.0 for _ in range(count - 1))])
     return statistics.median(times), times[count // 5], times[-1 - count // 5]
 
 
@@ -156,34 +162,61 @@ def batch(work: Workload, device: torch.device) -> tuple[kernels.Basis, kernels.
     return basis, table
 
 
+def method_of(work: Workload) -> Method:
+    """The settings of a workload: the defaults of its form, all directions of D taken."""
+    if work.kind.method == "realign":
+        return Realignment(form=work.kind.form, edge=False)
+    return Correction(form=work.kind.form)
+
+
+def spectrum_of(work: Workload, K: int, device: torch.device) -> kernels.Spectrum:
+    """Singular values that fall, of the size of the factors' product."""
+    k = max(s.k for s in work.shapes)
+    S = torch.zeros(len(work.shapes), K, dtype=torch.float64)
+    S[:, :k] = 1000.0 / (1 + torch.arange(k, dtype=torch.float64))
+    scaling = torch.full((work.adapters, len(S)), 2.0, dtype=torch.float64)
+    edge = torch.zeros(len(S), dtype=torch.float64)
+    return kernels.Spectrum(S.to(device), edge.to(device), scaling.to(device))
+
+
 def error(
-    basis: kernels.Basis, table: kernels.Table, result: kernels.Result, correction: Correction
+    basis: kernels.Basis,
+    table: kernels.Table,
+    result: kernels.Result,
+    method: Method,
+    spectrum: kernels.Spectrum,
 ) -> float:
     """The largest relative error of the update against float64, over modules of each kind."""
     errors = []
     last = len(table.slots) - 1
     kinds = {shape: m for m, shape in enumerate(table.shapes)}
     for m in kinds.values():
-        left, right = float64(
-            table.B(last, m), table.A(last, m), basis.U(m), basis.V(m), correction
-        )
+        own = table.B(last, m), table.A(last, m), basis.U(m), basis.V(m)
+        left, right = float64(*own, method, one_spectrum(spectrum, last, m, own[2]))
         exact = left @ right
         found = result.table.B(last, m).double() @ result.table.A(last, m).double()
         distance = float((found - exact).norm() / exact.norm())
-        # A fit of rank r is that far from the exact result; what counts is that it knows how far.
-        errors.append(abs(distance - float(result.cores.rank_error[last, m])))
+        if isinstance(method, Correction):
+            # A fit of rank r is that far from the exact result; what counts is that it knows how far.
+            distance = abs(distance - float(result.cores.rank_error[last, m]))
+        errors.append(distance)
     return max(errors)
+
+
+def one_spectrum(spectrum: kernels.Spectrum, i: int, m: int, U: Tensor) -> Spectrum:
+    return Spectrum(spectrum.S[m, : U.shape[1]], spectrum.edge[m], spectrum.scaling[i, m])
 
 
 def stages(run: Run, name: str, work: Workload) -> None:
     """The kernels one by one, all together, and replayed from a graph."""
-    correction = Correction(form=work.form)
+    method = method_of(work)
     basis, table = batch(work, run.device)
-    ws = kernels.workspace(table, basis, correction)
-    out = kernels.empty_like(table, 2 if work.form == "exact" else 1)
-    whole = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
+    ws = kernels.workspace(table, basis, method)
+    spectrum = spectrum_of(work, ws.tiles.K, run.device)
+    out = kernels.empty_like(table, method)
+    whole = partial(kernels.correct, table, basis, method, spectrum, out=out, workspace=ws)
     result = whole()
-    wrong = error(basis, table, result, correction)
+    wrong = error(basis, table, result, method, spectrum)
     passed = wrong <= TOLERANCE
     counted = stage_bytes(work, ws.tiles)
     row = partial(Row, name, work.adapters, work.r, work.form, check=wrong)
@@ -196,7 +229,7 @@ def stages(run: Run, name: str, work: Workload) -> None:
     )
     run.add(
         row(what="solve"),
-        partial(kernels.solve, projection, correction, workspace=ws),
+        partial(kernels.solve, projection, method, spectrum, workspace=ws),
         counted["solve"],
         passed,
     )
@@ -220,7 +253,7 @@ def graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
     """The reference in float32 on the same device, the adapters of a module as one stack."""
-    correction = Correction(form=work.form)
+    method = method_of(work)
     basis, table = batch(work, run.device)
     stacks = [
         (
@@ -231,10 +264,19 @@ def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
         )
         for m in range(len(work.shapes))
     ]
+    whole = spectrum_of(work, max(s.k for s in work.shapes), run.device)
+    spectrum = Spectrum(whole.S[:1], whole.edge[:1], whole.scaling[:, 0])
 
     def one(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         own = project(B, A, U, V)
-        left, right = recompose(B, A, U, V, own, solve(own, correction)[0])
+        if isinstance(method, Realignment):
+            shift = realign.solve(own, spectrum, method)[0]
+            pairs = [
+                realign.recompose(B[i], A[i], U, V, part) for i, part in enumerate(shift.unbind())
+            ]
+            left, right = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        else:
+            left, right = recompose(B, A, U, V, own, solve(own, method)[0])
         return left.to(work.dtype), right.to(work.dtype)
 
     function = torch.compile(one, dynamic=True) if compiled else one
@@ -244,24 +286,27 @@ def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
             function(*stack)
 
     wrong = 0.0
-    if work.form == "exact":
+    if work.form != "same":
         B, A, U, V = stacks[0]
         update, exact = (left.double() @ right.double() for left, right in (
-            (X[-1] for X in function(*stacks[0])), float64(B[-1], A[-1], U, V, correction)
+            (X[-1] for X in function(*stacks[0])),
+            float64(B[-1], A[-1], U, V, method, one_spectrum(whole, -1, 0, U)),
         ))  # fmt: skip
         wrong = float((update - exact).norm() / exact.norm())
     what = "reference, torch.compile" if compiled else "reference, eager"
     row = Row(name, work.adapters, work.r, work.form, what=what, check=wrong)
-    run.add(row, all_modules, work.floor, wrong <= TOLERANCE)
+    run.add(row, all_modules, work.floor, wrong <= TOLERANCE, most=2)
 
 
 def float64(
-    B: Tensor, A: Tensor, U: Tensor, V: Tensor, correction: Correction
+    B: Tensor, A: Tensor, U: Tensor, V: Tensor, method: Method, spectrum: Spectrum
 ) -> tuple[Tensor, Tensor]:
-    """The exact result's factors."""
+    """The factors of the result, that of rank 2r where CSULoRA's has rank r."""
     B, A, U, V = (X.double() for X in (B, A, U, V))
     own = project(B, A, U, V)
-    cores, _ = solve(own, replace(correction, form="exact"))
+    if isinstance(method, Realignment):
+        return realign.recompose(B, A, U, V, realign.solve(own, spectrum, method)[0])
+    cores, _ = solve(own, replace(method, form="exact"))
     return recompose(B, A, U, V, own, cores)
 
 
@@ -270,47 +315,52 @@ def as_line(row: Row) -> str:
         return "-" if value is None else format(value, spec)
 
     return (
-        f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.form:6} {row.what:24} "
+        f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.form:13} {row.what:24} "
         f"{number(row.milliseconds, '9.3f')} ms  {number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
         f"{number(row.floor_share, '6.1%')} of copy  error {number(row.check, '.1e')} {row.note}"
     )
 
 
-def cases(dry: bool) -> list[tuple[str, int, int, str, str]]:
+def cases(dry: bool, every: bool) -> list[tuple[str, int, int, str, str]]:
     """(model, N, r, form, what), the most telling first, so that a time limit cuts the least."""
     if dry:
-        return [("toy", 2, 3, "exact", kind) for kind in ("stages", "eager")] + [
-            ("toy", 2, 3, "same", "stages")
+        kinds = [
+            *itertools.product(FORMS, ("stages",)),
+            ("exact", "eager"),
+            ("realign same", "eager"),
         ]
-    first = [("llama-3.1-8b", N, 16, form) for N in (64, 1, 8) for form in ("exact", "same")]
-    rest = [
-        (model, N, r, form)
-        for model in ("llama-3.1-8b", "llama-2-7b")
-        for r in (16, 8, 64)
-        for N in (1, 8, 64)
-        for form in ("exact", "same")
+        return [("toy", 2, 3, form, what) for form, what in kinds]
+    model = "llama-3.1-8b"
+    chosen = [
+        *((model, N, 16, form, "stages") for N in (64, 1) for form in FORMS),
+        *((model, 64, 16, form, "eager") for form in ("exact", "realign same")),
+        *((model, 1, 16, form, "eager") for form in ("exact", "realign same")),
+        *((model, 8, 16, form, "stages") for form in FORMS[:3]),
+        *((model, N, 64, form, "stages") for N in (1, 8) for form in FORMS[:3]),
+        (model, 1, 16, "same", "eager"),
     ]
-    ordered = list(dict.fromkeys([*first, *rest]))
-    compared = [
-        (model, N, 16, form, kind)
-        for kind in ("eager", "compiled")
-        for model, N, form in (
-            ("llama-3.1-8b", 64, "exact"),
-            ("llama-3.1-8b", 1, "exact"),
-            ("llama-3.1-8b", 1, "same"),
-        )
-    ]
-    return (
-        [(*case, "stages") for case in first]
-        + compared
-        + [(*case, "stages") for case in ordered[len(first) :]]
-    )
+    if every:
+        chosen += [(model, N, 16, "exact", "compiled") for N in (64, 1)]
+        chosen += [
+            (name, N, r, form, "stages")
+            for name in (model, "llama-2-7b")
+            for r in (16, 8, 64)
+            for N in (1, 8, 64)
+            for form in FORMS
+        ]
+    return list(dict.fromkeys(chosen))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all rows, hardware, versions and commit")
     parser.add_argument("--seconds", type=float, default=450, help="start nothing after this long")
+    parser.add_argument(
+        "--only", default="", help="rows whose name has all of these words, as in the table"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every rank and model, and torch.compile"
+    )
     parser.add_argument("--dry", action="store_true", help="a toy model and no clock")
     arguments = parser.parse_args()
     if not arguments.dry and not torch.cuda.is_available():
@@ -322,7 +372,9 @@ def main() -> None:
     run = Run(no_clock if arguments.dry else cuda_clock, device, deadline)
     facts = machine(run)
     print(json.dumps(facts, indent=1))
-    for model, N, r, form, kind in cases(arguments.dry):
+    for model, N, r, form, kind in cases(arguments.dry, arguments.all):
+        if not set(arguments.only.split()) <= {model, f"N={N}", f"r={r}", *form.split(), kind}:
+            continue
         if time.monotonic() > deadline:
             print(f"time is up: {model} N={N} r={r} {form} and what follows was not run")
             break

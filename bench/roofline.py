@@ -8,6 +8,7 @@ work lists put programs that share a tile side by side, so that all but the firs
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ from shapes import MODELS
 
 from csulora_kernels import Tiles, choose
 from csulora_kernels.layout import Shape
+from csulora_kernels.plan import recompose_group
+from csulora_kernels.settings import Kind
+
+FORMS = ("exact", "same", "realign same", "realign exact")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Workload:
     shapes: tuple[Shape, ...]
     adapters: int
     r: int
-    form: str  # exact or same
+    form: str  # exact or same, of CSULoRA, or "realign" before it
     dtype: torch.dtype
 
     @classmethod
@@ -37,6 +42,11 @@ class Workload:
 
     def tiles(self, capability: int = 90, processors: int = 132) -> Tiles:
         return choose(self.shapes, self.adapters, self.r, self.dtype, capability, processors)
+
+    @property
+    def kind(self) -> Kind:
+        realign = self.form.startswith("realign ")
+        return Kind("realign" if realign else "csulora", self.form.removeprefix("realign "))
 
     @property
     def length(self) -> int:
@@ -53,7 +63,10 @@ class Workload:
 
     @property
     def result(self) -> int:
-        return self.factors * (2 if self.form == "exact" else 1)
+        """Bytes of the new factors that are written."""
+        lengths = [(s, s.d_in + (s.d_out if self.kind.writes_B else 0)) for s in self.shapes]
+        elements = sum(length * self.kind.rank(self.r, s.k) for s, length in lengths)
+        return self.adapters * elements * self.dtype.itemsize
 
     @property
     def floor(self) -> int:
@@ -71,18 +84,25 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
         for d in (s.d_out, s.d_in):
             cut = -(-d // tiles.split_length) - 1
             partial += 4 * work.adapters * (K * R + R * R) * cut
-    same = work.form == "same"
-    H = 1 if same else 2
+    kind = work.kind
+    H, same = kind.halves, kind.form == "same"
     # Written by solve and read by recompose: Y_out and Z, and X_out and W or P. Written only: the rest.
     read = 4 * entries * (H * R * R + H * K * R + K * R + (R * R if same else 0))
     written = 4 * entries * (2 * H * R * R + H * K * R + (K * R + 2 * R * R if same else 0))
+    again = work.factors + work.basis
+    if kind.method == "realign":
+        read = 4 * entries * (K * R + (0 if same else K))
+        written = read + 8 * entries * R
+        if same:  # nothing of the side of B
+            d_in = sum(s.d_in for s in work.shapes)
+            again = again * d_in // work.length
     # A factor is read once for each block of directions; models have one.
     blocks = K // tiles.project.block_k
     counted = {"project": blocks * work.factors + work.basis + projection + partial}
     if partial:
         counted["add partial sums"] = 2 * partial + partial
     counted["solve"] = projection + written + 8 * entries * 11
-    counted["recompose"] = work.factors + work.basis + read + work.result
+    counted["recompose"] = again + read + work.result
     return counted
 
 
@@ -94,9 +114,14 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     groups = -(-N // tiles.group)
     C = tiles.group * R
     project = 2 * work.length * groups * (parts * K * C + gram * C * C)
-    same = work.form == "same"
-    per_row = 3 * 2 * K * R + (3 * 2 * R * R if same else 0)  # of B
-    per_column = 3 * (2 * K * R + 2 * R * R) * (1 if same else 2)  # of A
+    # A product with the cores of several adapters is one with the zeros between them.
+    H, split = work.kind.halves, 3
+    core = 3 if work.dtype != torch.bfloat16 else 2
+    width_B, width_A = (recompose_group(tiles, h) * R for h in (1, H))
+    cores_B = core * width_B * R if work.form == "same" else 0
+    cores_A = core * width_A * H * R if work.kind.method == "csulora" else 0
+    per_row = 2 * (split * K * R + cores_B) if work.kind.method == "csulora" else 0  # of B
+    per_column = 2 * (split * K * H * R + cores_A)  # of A
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
     return {"project": project, "recompose": N * (d_out * per_row + d_in * per_column)}
 
@@ -107,12 +132,8 @@ def table() -> list[str]:
         "| N, r, form | factors | basis | result | floor | project | solve | recompose | to the floor |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for adapters, r, form in (
-        (1, 16, "exact"),
-        (64, 16, "exact"),
-        (1, 16, "same"),
-        (64, 16, "same"),
-    ):
+    for form, adapters in itertools.product(FORMS, (1, 64)):
+        r = 16
         work = Workload.of("llama-3.1-8b", adapters, r, form)
         counted = stage_bytes(work, work.tiles())
         total = sum(counted.values())
@@ -126,7 +147,8 @@ def table() -> list[str]:
 
 def flops_table() -> list[str]:
     lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
-    for adapters, r, form in ((1, 16, "exact"), (64, 16, "exact"), (64, 16, "same")):
+    for form, adapters in itertools.product(FORMS, (1, 64)):
+        r = 16
         work = Workload.of("llama-3.1-8b", adapters, r, form)
         counted = stage_flops(work, work.tiles())
         cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 import triton
-from gpu import TOLERANCE, batch, cuda_clock, error, no_clock, quantiles
+from gpu import TOLERANCE, batch, cuda_clock, error, no_clock, quantiles, spectrum_of
 from roofline import Workload
 
 import csulora_kernels as kernels
@@ -33,10 +33,13 @@ def candidates(chosen: Tiles) -> Iterator[tuple[str, Tiles]]:
             yield "project", replace(chosen, project=launch, group=group)
     for length in (1024, 4096, 16384):
         yield "project", replace(chosen, split_length=length)
-    for block_d, block_k, warps, stages in itertools.product(
-        (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
+    for block_d, warps, stages, rows in itertools.product(
+        (32, 64, 128), (4, 8), (2, 3, 4), (64, 128)
     ):
-        yield "recompose", replace(chosen, recompose=Launch(block_d, block_k, warps, stages))
+        launch = Launch(block_d, chosen.recompose.block_k, warps, stages)
+        yield "recompose", replace(chosen, recompose=launch, recompose_rows=rows)
+    for length in (512, 1024, 2048, 4096):
+        yield "recompose", replace(chosen, recompose_length=length)
     for programs, warps in itertools.product((1, 2, 4), (1, 2, 4, 8)):
         count = max(1, chosen.solve_programs * programs // 2)
         yield "solve", replace(chosen, solve_programs=count, solve_warps=warps)
@@ -45,15 +48,15 @@ def candidates(chosen: Tiles) -> Iterator[tuple[str, Tiles]]:
 def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None:
     correction = Correction(form=work.form)
     basis, table = batch(work, device)
-    out = kernels.empty_like(table, 2 if work.form == "exact" else 1)
+    out = kernels.empty_like(table, correction)
     chosen = kernels.workspace(table, basis, correction).tiles
     best: dict[str, tuple[float, Tiles]] = {}
     for stage, tiles in itertools.islice(candidates(chosen), limit):
         try:
             ws = kernels.workspace(table, basis, correction, tiles)
             run = partial(kernels.correct, table, basis, correction, out=out, workspace=ws)
-            wrong = error(basis, table, run(), correction)
-        except triton.runtime.errors.OutOfResources:
+            wrong = error(basis, table, run(), correction, spectrum_of(work, tiles.K, device))
+        except (ValueError, triton.runtime.errors.OutOfResources):
             continue
         if wrong > TOLERANCE:
             print(f"{stage}: error {wrong:.1e} with {tiles}: left out")
@@ -67,7 +70,8 @@ def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None
         parts = {
             "chosen": f"{tiles}",
             "project": f"{tiles.project}, group {tiles.group}, split_length {tiles.split_length}",
-            "recompose": f"{tiles.recompose}",
+            "recompose": f"{tiles.recompose}, recompose_rows {tiles.recompose_rows}, "
+            f"recompose_length {tiles.recompose_length}",
             "solve": f"solve_warps {tiles.solve_warps}, solve_programs {tiles.solve_programs}",
         }
         print(f"  {stage}: {milliseconds:.3f} ms with {parts[stage]}")

@@ -3,32 +3,20 @@
 Imports torch alone; Triton is imported by the first call that needs it.
 """
 
-from csulora_kernels.api import (
+from csulora_kernels.api import Result, correct, project, recompose, solve
+from csulora_kernels.displacement import displacement_product
+from csulora_kernels.layout import Basis, Table, empty_like, pack, pack_basis
+from csulora_kernels.settings import FORMS, GRANULARITIES, Form, Granularity, Penalties, Shares
+from csulora_kernels.tiles import MAX_RANK, Tiles, choose
+from csulora_kernels.workspace import (
     Cores,
     Projection,
-    Result,
+    Shift,
+    Spectrum,
     Workspace,
-    correct,
-    project,
-    recompose,
-    solve,
     unavailable,
     workspace,
 )
-from csulora_kernels.displacement import displacement_product
-from csulora_kernels.layout import (
-    FORMS,
-    GRANULARITIES,
-    Basis,
-    Form,
-    Granularity,
-    Penalties,
-    Table,
-    empty_like,
-    pack,
-    pack_basis,
-)
-from csulora_kernels.tiles import MAX_RANK, Tiles, choose
 
 __all__ = [
     "FORMS",
@@ -41,6 +29,9 @@ __all__ = [
     "Penalties",
     "Projection",
     "Result",
+    "Shares",
+    "Shift",
+    "Spectrum",
     "Table",
     "Tiles",
     "Workspace",

@@ -1,7 +1,7 @@
 """Matrix products on the tensor cores that are as accurate as float32.
 
 A bfloat16 or float16 factor is exact as it is stored, so only the float32 operand beside it is split:
-into three bfloat16 parts (24 mantissa bits) or, scaled, two float16 parts (22 bits). Each part is one
+into three bfloat16 parts (24 mantissa bits, cut apart exactly) or, scaled, two float16 parts (22 bits). Each part is one
 tensor-core product with float32 accumulation. Two float32 operands take tf32x3.
 
 EMULATE upcasts bfloat16 operands: the interpreter's `tl.dot` multiplies their raw bits. The parts
@@ -22,7 +22,7 @@ SEPARATE = tl.constexpr(16)
 
 
 @triton.jit
-def _product(a, b, acc, EMULATE: tl.constexpr):
+def product(a, b, acc, EMULATE: tl.constexpr):
     """acc + a b for a (m, n), b (n, p) of one 16-bit type, acc (m, p) float32."""
     if EMULATE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -30,23 +30,38 @@ def _product(a, b, acc, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _cut(w):
+    """The leading eight bits of a float32 as bfloat16, and the rest, exactly: no conversion unit."""
+    bits = w.to(tl.uint32, bitcast=True)
+    high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return high, w - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_parts(w):
+    """Two bfloat16 numbers that give a float32 to 2^-17; w finite. Rounded by hand, without the conversion unit."""
+    bits = (w.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return high, (w - bits.to(tl.float32, bitcast=True)).to(tl.bfloat16)
+
+
+@triton.jit
 def basis_product(w, x, EMULATE: tl.constexpr):
     """w x, (K, C) float32, for a basis tile w (K, D) float32 and a factor tile x (D, C)."""
     acc = tl.zeros([w.shape[0], x.shape[1]], tl.float32)
     if x.dtype == tl.bfloat16:
-        high = w.to(tl.bfloat16)
-        rest = w - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = _product(low, x, acc, EMULATE)
-        acc = _product(middle, x, acc, EMULATE)
-        acc = _product(high, x, acc, EMULATE)
+        high, rest = _cut(w)
+        middle, rest = _cut(rest)
+        low = rest.to(tl.bfloat16)  # eight bits are left: exact
+        acc = product(low, x, acc, EMULATE)
+        acc = product(middle, x, acc, EMULATE)
+        acc = product(high, x, acc, EMULATE)
     elif x.dtype == tl.float16:
         w = w * LIFT
         high = w.to(tl.float16)
         low = (w - high.to(tl.float32)).to(tl.float16)
-        acc = _product(low, x, acc, EMULATE)
-        acc = _product(high, x, acc, EMULATE) * (1.0 / LIFT)
+        acc = product(low, x, acc, EMULATE)
+        acc = product(high, x, acc, EMULATE) * (1.0 / LIFT)
     else:
         acc = tl.dot(w, x, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
     return acc

@@ -17,7 +17,7 @@ import triton.language as tl
 from csulora_kernels._dots import basis_product, gram_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_adapters", "n_modules"])
 def project_kernel(
     p_data,  # flat factors
     p_basis,  # flat float32
@@ -148,7 +148,7 @@ def _project_side(
     tl.store(p_G + (i_slot[:, None] * R + i_row[:, None]) * R + i_row[None, :], b_G, mask=m_G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_modules", "split_length"])
 def add_splits_kernel(
     p_modules,  # (M, 5) int64
     p_P,  # as in project_kernel

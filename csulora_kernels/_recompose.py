@@ -1,17 +1,21 @@
-"""Third stage: the corrected factors of all modules and adapters, written in one launch.
+"""Third stage: the new factors of all modules and adapters, written in one launch.
 
-With the coefficients that `solve` prepares (W, Z) every case is a product with the basis plus a product
-with the factor itself:
+With the coefficients Z that `solve` prepares, and r x r cores Y, every new factor is a product with the
+basis plus one with the factor itself. Columns of B and rows of A alike are rows here, W is U or V, X is
+B^T or A, and the result has r or 2r rows:
 
-    exact    B' = [B_in, B - B_in],  B_in = U P        A'^T = V Z + A^T Y_out^T, in halves of r rows
-    same     B' = U W + B X_out                        A'^T = V Z + A^T Y_out^T
+    PARTS     [Z^T W^T ; X - Z^T W^T]      B of `exact`, Z = P
+    CORES     Z^T W^T + Y X                A of `exact`, both of `same`
+    SHIFTED   Z^T W^T + X                  A of a realignment of form `same`, which leaves B alone
+    EXTENDED  [Z^T W^T + X ; W^T]          A of a realignment of form `exact`, where B' = [B, U c]
 
-A program takes BLOCK_D rows of U (or V), reads them once, and applies them to adapter after adapter:
-each factor tile is read once and each output tile written once. With more than BLOCK_K directions the
-basis tile does not fit beside the rest and comes again, from the caches, for each adapter.
+A program takes one stretch of d of one side of one module and up to GROUP adapters, as project does. It
+reads their coefficients once and splits them once; each tile of the basis serves all of its adapters, each
+factor tile is read once and each output tile written once. With more than BLOCK_K directions or BLOCK_J rows
+the coefficients come again, from the caches, for each tile.
 
-Both operands of a product are float32. PRECISION says in how many tensor-core products: tf32x3 for
-float32 results (2^-21), bf16x3 for 16-bit ones (2^-16, half the work).
+Products of float32 with float32: bfloat16 parts, high x high + high x low + low x high, for 16-bit results
+(2^-16); tf32x3 for float32 ones (2^-21). A bfloat16 factor is its own high part.
 """
 
 from __future__ import annotations
@@ -19,8 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csulora_kernels._dots import SEPARATE, product, rounded_parts
 
-@triton.jit
+PARTS = tl.constexpr(0)
+CORES = tl.constexpr(1)
+SHIFTED = tl.constexpr(2)
+EXTENDED = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=["n_adapters", "n_modules"])
 def recompose_kernel(
     p_data,  # flat factors
     p_out,  # flat, the same type
@@ -28,212 +39,359 @@ def recompose_kernel(
     p_entries,  # (N, M, 3) int64: r, o_B, o_A
     p_out_entries,  # the same of the output
     p_modules,  # (M, 5) int64: d_out, d_in, k, o_U, o_V
-    p_work,  # (programs, 5) int32: side, module, d from, adapter from, adapter to
-    p_left,  # (N, M, K, R) float32: P (exact) or W (same)
-    p_X_out,  # (N, M, R, R) float32, not touched for `exact`
-    p_Z,  # (N, M, K, H R) float32, H = 1 (same) or 2 (exact)
-    p_Y_out,  # (N, M, H R, R) float32
+    p_work,  # (programs, 5) int32: side, module, group, d from, d to
+    p_G_B,  # (N, M, R, R) float32
+    p_G_A,
+    p_left,  # (N, M, K, R) float32: P (exact) or W (same); (N, M, K): c of a realignment
+    p_X_out,  # (N, M, R, R) float32, touched for `same` alone
+    p_Z,  # (N, M, K, H R) float32, H = 2 for A of `exact` and 1 elsewhere
+    p_Y_out,  # (N, M, H R, R) float32, not touched by a realignment
+    n_adapters,
     n_modules,
     K: tl.constexpr,
     R: tl.constexpr,
-    T: tl.constexpr,  # columns of the result, and of the factor, at a time
+    GROUP: tl.constexpr,  # most adapters of a program
+    BLOCK_J: tl.constexpr,  # rows of a result at a time
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VEC_R: tl.constexpr,
     VEC_D: tl.constexpr,
-    SAME: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND_B: tl.constexpr,
+    KIND_A: tl.constexpr,
+    STAGES: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
+    H: tl.constexpr = 2 if KIND_B == PARTS else 1
+    GROUP_A: tl.constexpr = group_of(GROUP, BLOCK_J, H * R)
+    GROUP_B: tl.constexpr = group_of(GROUP, BLOCK_J, R)
     p_item = p_work + tl.program_id(0) * 5
-    side = tl.load(p_item)
     i_module = tl.load(p_item + 1)
-    d_from = tl.multiple_of(tl.load(p_item + 2), BLOCK_D)
-    i_from = tl.load(p_item + 3)
-    i_to = tl.load(p_item + 4)
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + side), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    o_basis = tl.multiple_of(tl.load(p_modules + i_module * 5 + 3 + side), 4)
-    p_tile = p_basis + o_basis
+    i_group = tl.load(p_item + 2)
+    d_from = tl.multiple_of(tl.load(p_item + 3), BLOCK_D)
+    d_to = tl.multiple_of(tl.load(p_item + 4), VEC_D)
     # fmt: off
-    if side == 0:
-        _recompose_B(
-            p_data, p_out, p_tile, p_entries, p_out_entries, p_left, p_X_out,
-            n_modules, i_module, i_from, i_to, d_from, length, k,
-            K, R, T, BLOCK_K, BLOCK_D, VEC_R, VEC_D, SAME, PRECISION,
-        )
+    if tl.load(p_item) == 0:
+        if KIND_B == EXTENDED:
+            _extend_B(
+                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_left,
+                n_adapters, n_modules, i_module, i_group, d_from, d_to,
+                GROUP_B, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D,
+            )
+        elif KIND_B != SHIFTED:
+            _recompose_side(
+                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_B, p_left, p_X_out,
+                n_adapters, n_modules, i_module, i_group, d_from, d_to,
+                0, KIND_B, H, 1, GROUP_B, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
+            )
     else:
-        _recompose_A(
-            p_data, p_out, p_tile, p_entries, p_out_entries, p_Z, p_Y_out,
-            n_modules, i_module, i_from, i_to, d_from, length, k,
-            K, R, T, BLOCK_K, BLOCK_D, VEC_D, SAME, PRECISION,
+        _recompose_side(
+            p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_A, p_Z, p_Y_out,
+            n_adapters, n_modules, i_module, i_group, d_from, d_to,
+            1, KIND_A, H, H, GROUP_A, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
         )
+        if KIND_A == EXTENDED:
+            _append_basis(
+                p_out, p_basis, p_entries, p_out_entries, p_modules,
+                n_adapters, n_modules, i_module, i_group, d_from, d_to,
+                GROUP_A, K, BLOCK_K, BLOCK_D, VEC_D,
+            )
     # fmt: on
 
 
+@triton.constexpr_function
+def group_of(GROUP, BLOCK_J, ROWS):
+    """How many adapters of ROWS rows a program takes at once."""
+    return min(GROUP, max(1, BLOCK_J // ROWS))
+
+
 @triton.jit
-def _recompose_B(
+def _recompose_side(
     p_data,
     p_out,
-    p_tile,
+    p_basis,
     p_entries,
     p_out_entries,
-    p_left,
-    p_X_out,
+    p_modules,
+    p_G,
+    p_Z,
+    p_Y,
+    n_adapters,
     n_modules,
     i_module,
-    i_from,
-    i_to,
+    i_group,
     d_from,
-    length,
-    k,
+    d_to,
+    SIDE: tl.constexpr,  # 0: B and U, 1: A and V
+    KIND: tl.constexpr,
+    H: tl.constexpr,  # rank of the result, in r
+    H_Z: tl.constexpr,  # rows of coefficients, in R
+    GROUP: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VEC_R: tl.constexpr,
     VEC_D: tl.constexpr,
-    SAME: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
-    """BLOCK_D rows of B' of adapters i_from to i_to."""
-    H: tl.constexpr = 1 if SAME else 2
-    b_d = d_from + tl.arange(0, BLOCK_D)
-    m_d = (b_d < length)[:, None]
-    b_row = b_d[:, None].to(tl.int64)
-    b_t = tl.arange(0, T)
-    b_u = _basis_tile(p_tile, d_from, 0, length, k, BLOCK_K, BLOCK_D, VEC_D)
-    for i in range(i_from, i_to):
-        i_entry = (i * n_modules + i_module).to(tl.int64)
-        r = tl.multiple_of(tl.load(p_entries + i_entry * 3), VEC_R)
-        o_B = tl.multiple_of(tl.load(p_entries + i_entry * 3 + 1), VEC_R)
-        o_out = tl.multiple_of(tl.load(p_out_entries + i_entry * 3 + 1), VEC_R)
-        p_B = p_data + (o_B + b_row * r)
-        p_new = p_out + (o_out + b_row * (r * H))
-        for j in range(0, R, T):
-            b_j = j + b_t
-            m_tile = m_d & tl.max_constancy(b_j < r, VEC_R)[None, :]
-            b_new = _times_basis(
-                p_tile, b_u, p_left + i_entry * K * R + j, d_from, length, k,
-                R, K, T, BLOCK_K, BLOCK_D, VEC_D, PRECISION,
-            )  # fmt: skip
-            if SAME:
-                for n in tl.range(0, R, T, num_stages=1):
-                    b_n = n + b_t
-                    m_n = m_d & tl.max_constancy(b_n < r, VEC_R)[None, :]
-                    b_B = tl.load(p_B + b_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-                    b_X = tl.load(p_X_out + i_entry * R * R + b_n[:, None] * R + b_j[None, :])
-                    b_new += tl.dot(b_B, b_X, input_precision=PRECISION)
-            else:
-                b_B = tl.load(p_B + b_j[None, :], mask=m_tile, other=0.0).to(tl.float32)
-                b_rest = (b_B - b_new).to(p_out.dtype.element_ty)
-                tl.store(p_new + (r + b_j[None, :]), b_rest, mask=m_tile)
-            tl.store(p_new + b_j[None, :], b_new.to(p_out.dtype.element_ty), mask=m_tile)
+    """One stretch of d of the new factors of GROUP adapters."""
+    ROWS: tl.constexpr = H_Z * R  # of one adapter
+    C: tl.constexpr = GROUP * R
+    J: tl.constexpr = BLOCK_J if BLOCK_J < GROUP * ROWS else GROUP * ROWS
+    tl.static_assert(KIND == CORES or J == C)  # where rows of X stand beside those of the result
+    WIDE: tl.constexpr = p_data.dtype.element_ty == tl.float32
+    RESIDENT: tl.constexpr = K == BLOCK_K and J == GROUP * ROWS and not WIDE
+    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + SIDE), VEC_D)
+    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
+    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 3 + SIDE), 4)
 
-
-@triton.jit
-def _recompose_A(
-    p_data,
-    p_out,
-    p_tile,
-    p_entries,
-    p_out_entries,
-    p_Z,
-    p_Y_out,
-    n_modules,
-    i_module,
-    i_from,
-    i_to,
-    d_from,
-    length,
-    k,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VEC_D: tl.constexpr,
-    SAME: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """BLOCK_D columns of A' of adapters i_from to i_to, computed as rows of A'^T."""
-    H: tl.constexpr = 1 if SAME else 2
-    b_d = d_from + tl.arange(0, BLOCK_D)
-    m_d = tl.max_constancy(b_d < length, VEC_D)[None, :]
-    b_t = tl.arange(0, T)
-    b_v = _basis_tile(p_tile, d_from, 0, length, k, BLOCK_K, BLOCK_D, VEC_D)
-    for i in range(i_from, i_to):
-        i_entry = (i * n_modules + i_module).to(tl.int64)
-        r = tl.load(p_entries + i_entry * 3)
-        o_A = tl.multiple_of(tl.load(p_entries + i_entry * 3 + 2), VEC_D)
-        o_out = tl.multiple_of(tl.load(p_out_entries + i_entry * 3 + 2), VEC_D)
-        for row in range(0, H * R, T):  # of A', padded; its halves are rows 0 to R and R to 2 R
-            half = row // R
-            b_j = row % R + b_t
-            b_new = _times_basis(
-                p_tile, b_v, p_Z + i_entry * (K * H * R) + row, d_from, length, k,
-                H * R, K, T, BLOCK_K, BLOCK_D, VEC_D, PRECISION,
-            )  # fmt: skip
-            for n in tl.range(0, R, T, num_stages=1):
-                b_n = n + b_t
-                o_n = b_n[:, None].to(tl.int64) * length + b_d[None, :]
-                b_A = tl.load(p_data + (o_A + o_n), mask=(b_n < r)[:, None] & m_d, other=0.0)
-                o_Y = i_entry * (H * R * R) + (row + b_t)[None, :] * R + b_n[:, None]
-                b_Y = tl.load(p_Y_out + o_Y)
-                b_new += tl.dot(tl.trans(b_A).to(tl.float32), b_Y, input_precision=PRECISION)
-            o_new = (half * r + b_j)[:, None] * length + b_d[None, :]
-            b_new = tl.trans(b_new).to(p_out.dtype.element_ty)
-            tl.store(p_out + (o_out + o_new), b_new, mask=(b_j < r)[:, None] & m_d)
-
-
-@triton.jit
-def _basis_tile(
-    p_tile,
-    d_from,
-    k_from,
-    length,
-    k,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VEC_D: tl.constexpr,
-):
-    """(BLOCK_D, BLOCK_K) of U or V, which lie transposed."""
-    b_d = d_from + tl.arange(0, BLOCK_D)
-    b_k = k_from + tl.arange(0, BLOCK_K)
-    m_d = tl.max_constancy(b_d < length, VEC_D)
-    b_w = tl.load(
-        p_tile + (b_k[:, None].to(tl.int64) * length + b_d[None, :]),
-        mask=(b_k < k)[:, None] & m_d[None, :],
-        other=0.0,
-    )
-    return tl.trans(b_w)
-
-
-@triton.jit
-def _times_basis(
-    p_tile,
-    b_first,
-    p_c,
-    d_from,
-    length,
-    k,
-    ROW: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VEC_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BLOCK_D, T): U or V times coefficients c (K, T) with rows ROW apart."""
-    p_c += tl.arange(0, BLOCK_K)[:, None] * ROW + tl.arange(0, T)[None, :]
-    if K == BLOCK_K:
-        b_new = tl.dot(b_first, tl.load(p_c), input_precision=PRECISION)
+    # Rows of the factors, adapter after adapter.
+    b_c = tl.arange(0, C)
+    i_c = i_group * GROUP + b_c // R
+    e_c = (i_c * n_modules + i_module).to(tl.int64)
+    r_c = tl.load(p_entries + e_c * 3, mask=i_c < n_adapters, other=0)
+    o_c = tl.load(p_entries + e_c * 3 + 1 + SIDE, mask=i_c < n_adapters, other=0)
+    m_c = b_c % R < r_c
+    if SIDE == 0:
+        r_c = tl.max_constancy(tl.multiple_of(r_c, VEC_R), R)
+        o_c = tl.max_contiguous(tl.multiple_of(o_c + b_c % R, VEC_R), VEC_R)
     else:
-        b_new = tl.zeros([BLOCK_D, T], tl.float32)
-        # One stage: a transposed copy through shared memory would go four bytes at a time.
-        for k_from in tl.range(0, K, BLOCK_K, num_stages=1):
-            b_w = _basis_tile(p_tile, d_from, k_from, length, k, BLOCK_K, BLOCK_D, VEC_D)
-            b_c = tl.load(p_c + k_from * ROW)
-            b_new += tl.dot(b_w, b_c, input_precision=PRECISION)
-    return b_new
+        o_c = tl.multiple_of(o_c + (b_c % R) * length, VEC_D)
+
+    # Rows of the result, the same way.
+    b_j = tl.arange(0, J)
+    i_j = i_group * GROUP + b_j // ROWS
+    e_j = (i_j * n_modules + i_module).to(tl.int64)
+    r_j = tl.load(p_entries + e_j * 3, mask=i_j < n_adapters, other=0)
+    o_j = tl.load(p_out_entries + e_j * 3 + 1 + SIDE, mask=i_j < n_adapters, other=0)
+    if SIDE == 0:  # here, as a hint on an argument is lost
+        r_j = tl.max_constancy(tl.multiple_of(r_j, VEC_R), R)
+    # One product with the cores of several adapters: what is not finite in one is left out, as its zeros would
+    # be no zeros, and shows in its own rows instead.
+    b_wrong = tl.zeros([J], tl.float32)
+    if KIND == CORES and GROUP > 1:
+        m_c = m_c & (_wrong(p_G, e_c, i_c < n_adapters, R) == 0)
+        b_wrong = _wrong(p_G, e_j, i_j < n_adapters, R)
+    if SIDE == 0:
+        m_c = tl.max_constancy(m_c, VEC_R)
+    if RESIDENT:
+        b_z = _coordinates(p_Z, e_j, b_j % ROWS, i_j < n_adapters, 0, K, ROWS, BLOCK_K)
+        z_high, z_low = rounded_parts(b_z + b_wrong[:, None])
+        if KIND == CORES:
+            b_y = _cores(p_Y, e_j, i_j, i_c, b_j % ROWS, b_c % R, n_adapters, R, ROWS, SIDE)
+            y_high, y_low = rounded_parts(b_y)
+
+    for d in tl.range(d_from, d_to, BLOCK_D, num_stages=STAGES if RESIDENT else 1):
+        b_d = d + tl.arange(0, BLOCK_D)
+        m_d = tl.max_constancy(b_d < d_to, VEC_D)
+        if SIDE == 0:
+            b_x = tl.trans(
+                tl.load(
+                    p_data + (o_c[None, :] + b_d[:, None].to(tl.int64) * r_c[None, :]),
+                    mask=m_d[:, None] & m_c[None, :],
+                    other=0.0,
+                )
+            )
+        else:
+            b_x = tl.load(
+                p_data + (o_c[:, None] + b_d[None, :]), mask=m_c[:, None] & m_d[None, :], other=0.0
+            )
+        if RESIDENT:
+            w_high, w_low = rounded_parts(_basis_tile(p_w, b_d, m_d, 0, length, k, BLOCK_K))
+            b_new = tl.zeros([J, BLOCK_D], tl.float32)
+            b_new = product(z_low, w_high, b_new, EMULATE)
+            b_new = product(z_high, w_low, b_new, EMULATE)
+            b_new = product(z_high, w_high, b_new, EMULATE)
+            if KIND == CORES:
+                b_new = _times_factor(y_high, y_low, b_x, b_new, EMULATE)
+            _store_rows(
+                p_out, b_new, b_x, o_j, r_j, b_j % ROWS, b_d, m_d, length,
+                SIDE, KIND, H, R, VEC_R, VEC_D,
+            )  # fmt: skip
+        else:
+            # More than J rows are those of one adapter.
+            for j_from in tl.range(0, GROUP * ROWS, J, num_stages=1):
+                row = (j_from + b_j) % ROWS
+                b_new = tl.zeros([J, BLOCK_D], tl.float32) + b_wrong[:, None]
+                for k_from in tl.range(0, K, BLOCK_K, num_stages=1):
+                    b_z = _coordinates(p_Z, e_j, row, i_j < n_adapters, k_from, K, ROWS, BLOCK_K)
+                    b_w = _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
+                    b_new = _full_product(b_z, b_w, b_new, WIDE, EMULATE)
+                if KIND == CORES:
+                    b_y = _cores(p_Y, e_j, i_j, i_c, row, b_c % R, n_adapters, R, ROWS, SIDE)
+                    if WIDE:
+                        b_new = _full_product(b_y, b_x, b_new, WIDE, EMULATE)
+                    else:
+                        y_high, y_low = rounded_parts(b_y)
+                        b_new = _times_factor(y_high, y_low, b_x, b_new, EMULATE)
+                _store_rows(
+                    p_out, b_new, b_x, o_j, r_j, row, b_d, m_d, length,
+                    SIDE, KIND, H, R, VEC_R, VEC_D,
+                )  # fmt: skip
+
+
+@triton.jit
+def _wrong(p_G, e, m_e, R: tl.constexpr):
+    """0, or NaN for the entries of which a factor is not finite, or not in the square."""
+    o_g = (e * (R * R))[:, None] + (tl.arange(0, R) * (R + 1))[None, :]
+    b_g = tl.load(p_G + o_g, mask=m_e[:, None], other=0.0)
+    return tl.sum(b_g - b_g, axis=1)
+
+
+@triton.jit
+def _coordinates(
+    p_Z, e_j, row, m_j, k_from, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """(J, BLOCK_K): coefficients of each row of the result."""
+    b_k = k_from + tl.arange(0, BLOCK_K)
+    o_z = (e_j * (K * ROWS) + row)[:, None] + b_k[None, :] * ROWS
+    return tl.load(p_Z + o_z, mask=m_j[:, None], other=0.0)
+
+
+@triton.jit
+def _cores(
+    p_Y, e_j, i_j, i_c, row, column, n_adapters,
+    R: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """(J, C): Y, or X^T for the side of B; zero between two adapters."""
+    if SIDE == 0:
+        o_y = column[None, :] * R + row[:, None]
+    else:
+        o_y = row[:, None] * R + column[None, :]
+    m_y = (i_j[:, None] == i_c[None, :]) & (i_j < n_adapters)[:, None]
+    return tl.load(p_Y + ((e_j * (ROWS * R))[:, None] + o_y), mask=m_y, other=0.0)
+
+
+@triton.jit
+def _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
+    """(BLOCK_K, BLOCK_D) of U^T or V^T."""
+    b_k = k_from + tl.arange(0, BLOCK_K)
+    o_w = b_k[:, None].to(tl.int64) * length + b_d[None, :]
+    return tl.load(p_w + o_w, mask=(b_k < k)[:, None] & m_d[None, :], other=0.0)
+
+
+@triton.jit
+def _times_factor(y_high, y_low, x, acc, EMULATE: tl.constexpr):
+    """acc + y x for a 16-bit factor tile x."""
+    if x.dtype == tl.bfloat16:
+        acc = product(y_low, x, acc, EMULATE)
+        acc = product(y_high, x, acc, EMULATE)
+    else:
+        high, low = rounded_parts(x.to(tl.float32))
+        acc = product(y_low, high, acc, EMULATE)
+        acc = product(y_high, low, acc, EMULATE)
+        acc = product(y_high, high, acc, EMULATE)
+    return acc
+
+
+@triton.jit
+def _full_product(a, b, acc, WIDE: tl.constexpr, EMULATE: tl.constexpr):
+    """acc + a b for float32 a, b."""
+    if WIDE:
+        acc += tl.dot(a, b, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
+    else:
+        a_high, a_low = rounded_parts(a)
+        b_high, b_low = rounded_parts(b)
+        acc = product(a_low, b_high, acc, EMULATE)
+        acc = product(a_high, b_low, acc, EMULATE)
+        acc = product(a_high, b_high, acc, EMULATE)
+    return acc
+
+
+@triton.jit
+def _store_rows(
+    p_out, b_new, b_x, o_j, r_j, row, b_d, m_d, length,
+    SIDE: tl.constexpr, KIND: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    VEC_R: tl.constexpr, VEC_D: tl.constexpr,
+):  # fmt: skip
+    """(J, BLOCK_D) of the result; row: each row's number within its adapter, padded."""
+    TYPE: tl.constexpr = p_out.dtype.element_ty
+    m_j = row % R < r_j
+    if SIDE == 0:
+        m_j = tl.max_constancy(m_j, VEC_R)[None, :] & m_d[:, None]
+        o_row = tl.max_contiguous(tl.multiple_of(o_j + row % R, VEC_R), VEC_R)
+        o_new = o_row[None, :] + b_d[:, None].to(tl.int64) * (r_j * H)[None, :]
+        b_new = tl.trans(b_new)
+        if KIND == PARTS:
+            b_rest = tl.trans(b_x).to(tl.float32) - b_new
+            tl.store(p_out + (o_new + r_j[None, :]), b_rest.to(TYPE), mask=m_j)
+        tl.store(p_out + o_new, b_new.to(TYPE), mask=m_j)
+    else:
+        if KIND == SHIFTED or KIND == EXTENDED:  # noqa: SIM109 - Triton knows no `in`
+            b_new += b_x.to(tl.float32)
+        o_row = tl.multiple_of(o_j + ((row // R) * r_j + row % R) * length, VEC_D)
+        tl.store(
+            p_out + (o_row[:, None] + b_d[None, :]),
+            b_new.to(TYPE),
+            mask=m_j[:, None] & m_d[None, :],
+        )
+
+
+@triton.jit
+def _append_basis(
+    p_out, p_basis, p_entries, p_out_entries, p_modules,
+    n_adapters, n_modules, i_module, i_group, d_from, d_to,
+    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC_D: tl.constexpr,
+):  # fmt: skip
+    """Rows r to r + k of A': V^T as it is."""
+    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + 1), VEC_D)
+    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
+    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 4), 4)
+    for d in range(d_from, d_to, BLOCK_D):
+        b_d = d + tl.arange(0, BLOCK_D)
+        m_d = tl.max_constancy(b_d < d_to, VEC_D)
+        for k_from in range(0, K, BLOCK_K):
+            b_k = k_from + tl.arange(0, BLOCK_K)
+            b_w = _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
+            for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
+                e = (i * n_modules + i_module).to(tl.int64)
+                r = tl.load(p_entries + e * 3)
+                o_A = tl.multiple_of(tl.load(p_out_entries + e * 3 + 2), VEC_D)
+                o_row = tl.multiple_of(o_A + (r + b_k) * length, VEC_D)
+                tl.store(
+                    p_out + (o_row[:, None] + b_d[None, :]),
+                    b_w.to(p_out.dtype.element_ty),
+                    mask=((b_k < k) & (r > 0))[:, None] & m_d[None, :],
+                )
+
+
+@triton.jit
+def _extend_B(
+    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_c,
+    n_adapters, n_modules, i_module, i_group, d_from, d_to,
+    GROUP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, VEC_R: tl.constexpr, VEC_D: tl.constexpr,
+):  # fmt: skip
+    """B' = [B, U c] (d_out, r + k) of GROUP adapters."""
+    length = tl.multiple_of(tl.load(p_modules + i_module * 5), VEC_D)
+    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
+    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 3), 4)
+    b_r = tl.arange(0, R)
+    for d in range(d_from, d_to, BLOCK_D):
+        b_d = d + tl.arange(0, BLOCK_D)
+        m_d = tl.max_constancy(b_d < d_to, VEC_D)
+        for k_from in range(0, K, BLOCK_K):
+            b_k = k_from + tl.arange(0, BLOCK_K)
+            b_w = tl.trans(_basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K))
+            for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
+                e = (i * n_modules + i_module).to(tl.int64)
+                r = tl.multiple_of(tl.load(p_entries + e * 3), VEC_R)
+                o_B = tl.multiple_of(tl.load(p_out_entries + e * 3 + 1), VEC_R)
+                stride = tl.multiple_of(r + k, VEC_R)
+                o_row = o_B + b_d[:, None].to(tl.int64) * stride
+                b_c = tl.load(p_c + e * K + b_k)
+                tl.store(
+                    p_out + (o_row + (r + b_k)[None, :]),
+                    (b_w * b_c[None, :]).to(p_out.dtype.element_ty),
+                    mask=m_d[:, None] & tl.max_constancy((b_k < k) & (r > 0), VEC_R)[None, :],
+                )
+                if k_from == 0:
+                    o_old = tl.multiple_of(tl.load(p_entries + e * 3 + 1), VEC_R)
+                    m_old = m_d[:, None] & tl.max_constancy(b_r < r, VEC_R)[None, :]
+                    b_B = tl.load(
+                        p_data + (o_old + b_d[:, None].to(tl.int64) * r + b_r[None, :]), mask=m_old
+                    )
+                    tl.store(p_out + (o_row + b_r[None, :]), b_B, mask=m_old)

@@ -113,46 +113,64 @@ def copy(p_s, c, a, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _sweep_tile(b_s, smallest, T: tl.constexpr):
-    """-(s^-1) for a symmetric positive semidefinite tile: the sweep operator, largest pivot first.
+def _sweep_tile(b_s, smallest, T: tl.constexpr, PIVOTED: tl.constexpr):
+    """-(s^-1) for a symmetric positive semidefinite tile, and its smallest pivot: the sweep operator.
 
-    Stops at pivots of `smallest`: what is left is the null space, whose rows and columns come back
-    as zeros, and the rest is the inverse of a largest regular part (a reflexive generalized inverse).
+    PIVOTED: largest pivot first, to pivots of `smallest`: what is left is the null space, whose rows and
+    columns come back as zeros, and the rest is the inverse of a largest regular part (a reflexive
+    generalized inverse). Else in the order of the rows, where a pivot that is not positive counts as 1.
     The sweep keeps the matrix symmetric, so a row serves as its column too.
     """
     index = tl.arange(0, T)
     row = index[:, None]
     column = index[None, :]
     b_left = tl.full([T], 1, tl.int32)
-    for _ in range(T):
-        b_diagonal = tl.sum(tl.where(row == column, b_s, 0.0), axis=0)
-        b_pivots = tl.where(b_left > 0, b_diagonal, -1.0)
-        n = tl.argmax(b_pivots, axis=0)
-        pivot = tl.max(b_pivots, axis=0)
-        regular = pivot > smallest
-        inverse = tl.where(regular, 1.0 / tl.where(regular, pivot, 1.0), 0.0)
+    lowest = tl.full([], float("inf"), tl.float64)
+    for step in range(T):
+        if PIVOTED:
+            b_diagonal = tl.sum(tl.where(row == column, b_s, 0.0), axis=0)
+            pivot, n = tl.max(tl.where(b_left > 0, b_diagonal, -1.0), axis=0, return_indices=True)
+            regular = pivot > smallest
+        else:
+            n = step
+            pivot = tl.sum(tl.sum(tl.where((row == n) & (column == n), b_s, 0.0), axis=0), axis=0)
+            regular = pivot > 0
+        lowest = tl.where(pivot >= lowest, lowest, pivot)  # a NaN too
+        inverse = 1.0 / tl.where(regular, pivot, 1.0)
+        if PIVOTED:
+            inverse = tl.where(regular, inverse, 0.0)
         b_row = tl.sum(tl.where(row == n, b_s, 0.0), axis=0)
         b_column = tl.sum(tl.where(column == n, b_s, 0.0), axis=1)
         b_swept = b_s - b_column[:, None] * (b_row * inverse)[None, :]
         b_swept = tl.where(row == n, (b_row * inverse)[None, :], b_swept)
         b_swept = tl.where(column == n, (b_column * inverse)[:, None], b_swept)
         b_swept = tl.where((row == n) & (column == n), -inverse, b_swept)
-        b_s = tl.where(regular, b_swept, b_s)
-        b_left = tl.where(index == n, tl.where(regular, 0, 1), b_left)
-    return tl.where((b_left[:, None] > 0) | (b_left[None, :] > 0), 0.0, b_s)
+        if PIVOTED:
+            b_s = tl.where(regular, b_swept, b_s)
+            b_left = tl.where(index == n, tl.where(regular, 0, 1), b_left)
+        else:
+            b_s = b_swept
+    if PIVOTED:
+        b_s = tl.where((b_left[:, None] > 0) | (b_left[None, :] > 0), 0.0, b_s)
+    return b_s, lowest
 
 
 @triton.jit(noinline=True)
-def negative_inverse(p_s, m, tolerance, R: tl.constexpr, T: tl.constexpr):
+def negative_inverse(
+    p_s, m, tolerance, R: tl.constexpr, T: tl.constexpr, PIVOTED: tl.constexpr = True
+):
     """m = -(m^-1) in place, m symmetric positive semidefinite: the sweep operator by blocks of T.
 
-    Pivots below `tolerance` times the largest diagonal entry count as zero; see _sweep_tile.
+    Pivots below `tolerance` times the largest diagonal entry count as zero; see _sweep_tile. Without pivoting
+    returns the smallest pivot, that of a Cholesky factorization squared.
     """
     p_m = p_s + m * (R * R)
     smallest = tolerance * tl.max(tl.load(p_m + tl.arange(0, R) * (R + 1)), axis=0)
+    lowest = tl.full([], float("inf"), tl.float64)
     tl.debug_barrier()
     for n in range(tile_count(R, T)):
-        b_pivot = _sweep_tile(tl.load(p_m + tile(n, n, R, T)), smallest, T)
+        b_pivot, found = _sweep_tile(tl.load(p_m + tile(n, n, R, T)), smallest, T, PIVOTED)
+        lowest = tl.where(found >= lowest, lowest, found)
         for i in range(tile_count(R, T)):
             if i != n:
                 b_left = tl.load(p_m + tile(i, n, R, T))
@@ -172,6 +190,7 @@ def negative_inverse(p_s, m, tolerance, R: tl.constexpr, T: tl.constexpr):
         tl.debug_barrier()
         tl.store(p_m + tile(n, n, R, T), b_pivot)
         tl.debug_barrier()
+    return lowest
 
 
 @triton.jit(noinline=True)
@@ -191,9 +210,8 @@ def pivoted_cholesky(p_s, l, g, p_scale, tolerance, R: tl.constexpr, T: tl.const
     b_scale = tl.load(p_scale + b_i * (R + 1)).to(tl.float64)
     b_scale = tl.where(b_scale > 0, 1.0 / tl.where(b_scale > 0, b_scale, 1.0), 0.0)
     step = 0
-    largest = tl.max(b_rest * b_scale, axis=0)
+    largest, n = tl.max(b_rest * b_scale, axis=0, return_indices=True)
     while (step < R) & (largest > tolerance):
-        n = tl.argmax(b_rest * b_scale, axis=0)
         pivot = tl.sum(tl.where(b_i == n, b_rest, 0.0), axis=0)
         b_column = tl.load(p_g + n * R + b_i)
         for j in range((step + T - 1) // T):
@@ -202,10 +220,44 @@ def pivoted_cholesky(p_s, l, g, p_scale, tolerance, R: tl.constexpr, T: tl.const
             b_row = tl.load(p_l + n * R + column)
             b_column -= tl.sum(b_done * b_row[None, :], axis=1)
         # Indices already taken have nothing left but rounding.
-        b_column = tl.where(b_rest > 0, b_column / tl.sqrt(pivot), 0.0)
+        b_column = tl.where(b_rest > 0, b_column * (1.0 / tl.sqrt(pivot)), 0.0)
         b_rest = tl.where(b_i == n, 0.0, tl.maximum(b_rest - b_column * b_column, 0.0))
         tl.store(p_l + b_i * R + step, b_column)
         tl.debug_barrier()
-        largest = tl.max(b_rest * b_scale, axis=0)
+        largest, n = tl.max(b_rest * b_scale, axis=0, return_indices=True)
         step += 1
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def gram_of_coordinates(
+    p_s, g, p_x, stride_k, stride_r, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr
+):
+    """g = x^T x for x (K, R) with the given strides."""
+    p_g = p_s + g * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            b_g = tl.zeros([T, T], tl.float64)
+            for n in range(tile_count(K, T)):
+                b_k = (n * T + tl.arange(0, T)) * stride_k
+                o_i = (i * T + tl.arange(0, T)) * stride_r
+                o_j = (j * T + tl.arange(0, T)) * stride_r
+                b_i = tl.load(p_x + o_i[:, None] + b_k[None, :]).to(tl.float64)
+                b_j = tl.load(p_x + b_k[:, None] + o_j[None, :]).to(tl.float64)
+                b_g = tl.dot(b_i, b_j, b_g, out_dtype=tl.float64)
+            tl.store(p_g + tile(i, j, R, T), b_g)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def symmetric_difference(p_s, c, p_g, h, R: tl.constexpr, T: tl.constexpr):
+    """c = (g + g^T)/2 - h for a float32 matrix p_g and h symmetric."""
+    p_c = p_s + c * (R * R)
+    p_h = p_s + h * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            b_g = tl.load(p_g + tile(i, j, R, T)).to(tl.float64)
+            b_t = tl.trans(tl.load(p_g + tile(j, i, R, T)).to(tl.float64))
+            b_h = tl.load(p_h + tile(i, j, R, T))
+            tl.store(p_c + tile(i, j, R, T), 0.5 * (b_g + b_t) - b_h)
     tl.debug_barrier()

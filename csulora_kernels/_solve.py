@@ -17,11 +17,13 @@ import triton.language as tl
 
 from csulora_kernels._smallmat import (
     copy,
+    gram_of_coordinates,
     inner,
     multiply,
     negative_inverse,
     pivoted_cholesky,
     scaled_identity,
+    symmetric_difference,
     tile,
     tile_count,
 )
@@ -49,7 +51,7 @@ IDENTITY = tl.constexpr(25)
 MATRICES = tl.constexpr(SOLVE_MATRICES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_entries"])
 def solve_kernel(
     p_P,  # (N, M, K, R) float32
     p_Q,  # (N, M, R, K)
@@ -156,49 +158,15 @@ def solve_kernel(
 @triton.jit(noinline=True)
 def _grams(p_s, p_P, p_Q, p_G_B, p_G_A, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
     """The four Gram matrices, and L of the two on the B side."""
-    _gram_of_coordinates(p_s, GRAMS, p_P, R, 1, K, R, T)
-    _gram_of_coordinates(p_s, GRAMS + 2, p_Q, 1, K, K, R, T)
+    gram_of_coordinates(p_s, GRAMS, p_P, R, 1, K, R, T)
+    gram_of_coordinates(p_s, GRAMS + 2, p_Q, 1, K, K, R, T)
     pivoted_cholesky(p_s, FACTORS, GRAMS, p_G_B, NOISE_DOUBLE, R, T)
-    _symmetric_difference(p_s, WORK, p_G_B, GRAMS, R, T)
+    symmetric_difference(p_s, WORK, p_G_B, GRAMS, R, T)
     pivoted_cholesky(p_s, FACTORS + 1, WORK, p_G_B, NOISE_SINGLE, R, T)
     multiply(p_s, GRAMS + 1, FACTORS + 1, FACTORS + 1, 0, 1.0, 0.0, R, T, TRANS_B=True)
-    _symmetric_difference(p_s, WORK, p_G_A, GRAMS + 2, R, T)
+    symmetric_difference(p_s, WORK, p_G_A, GRAMS + 2, R, T)
     pivoted_cholesky(p_s, WORK + 1, WORK, p_G_A, NOISE_SINGLE, R, T)
     multiply(p_s, GRAMS + 3, WORK + 1, WORK + 1, 0, 1.0, 0.0, R, T, TRANS_B=True)
-
-
-@triton.jit(noinline=True)
-def _gram_of_coordinates(
-    p_s, g, p_x, stride_k, stride_r, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr
-):
-    """g = x^T x for x (K, R) float32 with the given strides."""
-    p_g = p_s + g * (R * R)
-    for i in range(tile_count(R, T)):
-        for j in range(tile_count(R, T)):
-            b_g = tl.zeros([T, T], tl.float64)
-            for n in range(tile_count(K, T)):
-                b_k = (n * T + tl.arange(0, T)) * stride_k
-                o_i = (i * T + tl.arange(0, T)) * stride_r
-                o_j = (j * T + tl.arange(0, T)) * stride_r
-                b_i = tl.load(p_x + o_i[:, None] + b_k[None, :]).to(tl.float64)
-                b_j = tl.load(p_x + b_k[:, None] + o_j[None, :]).to(tl.float64)
-                b_g = tl.dot(b_i, b_j, b_g, out_dtype=tl.float64)
-            tl.store(p_g + tile(i, j, R, T), b_g)
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _symmetric_difference(p_s, c, p_g, h, R: tl.constexpr, T: tl.constexpr):
-    """c = (g + g^T)/2 - h for a float32 matrix p_g and h symmetric."""
-    p_c = p_s + c * (R * R)
-    p_h = p_s + h * (R * R)
-    for i in range(tile_count(R, T)):
-        for j in range(tile_count(R, T)):
-            b_g = tl.load(p_g + tile(i, j, R, T)).to(tl.float64)
-            b_t = tl.trans(tl.load(p_g + tile(j, i, R, T)).to(tl.float64))
-            b_h = tl.load(p_h + tile(i, j, R, T))
-            tl.store(p_c + tile(i, j, R, T), 0.5 * (b_g + b_t) - b_h)
-    tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
@@ -215,7 +183,7 @@ def _direction_core(p_s, block, c, R: tl.constexpr, T: tl.constexpr):
     g_A = GRAMS + 2 + block % 2
     multiply(p_s, WORK, g_A, l, 0, 1.0, 0.0, R, T)
     multiply(p_s, WORK + 1, l, WORK, 0, c, 1.0, R, T, TRANS_A=True)
-    negative_inverse(p_s, WORK + 1, SINGULAR, R, T)
+    negative_inverse(p_s, WORK + 1, 0.0, R, T, PIVOTED=False)
     multiply(p_s, WORK + 2, WORK, WORK + 1, 0, c, 0.0, R, T)
     multiply(p_s, CORES + block, WORK + 2, l, 0, 1.0, 1.0, R, T, TRANS_B=True)
 

@@ -10,103 +10,32 @@ captured with.
 from __future__ import annotations
 
 import contextlib
-import math
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csulora_kernels import plan
-from csulora_kernels.layout import FORMS, GRANULARITIES, Basis, Shape, Table, empty_like
-from csulora_kernels.tiles import MAX_RANK, SOLVE_MATRICES, Tiles, choose
-
-
-class Projection(NamedTuple):
-    """P = U^T B, Q = A V and the Gram matrices, float32."""
-
-    P: Tensor  # (N, M, K, R)
-    Q: Tensor  # (N, M, R, K)
-    G_B: Tensor  # (N, M, R, R)
-    G_A: Tensor  # (N, M, R, R)
-
-
-class Cores(NamedTuple):
-    """The reference's cores and energies, and the coefficients that recompose multiplies.
-
-    Padded: Y of `exact` has its second r rows from row R on. Cores are float32, energies float64.
-    """
-
-    X_in: Tensor | None  # (N, M, R, R), None for exact
-    X_out: Tensor | None  # (N, M, R, R), None for exact
-    Y_in: Tensor  # (N, M, H R, R), H = 2 for exact and 1 for same
-    Y_out: Tensor  # (N, M, H R, R)
-    energy: Tensor  # (N, M)      ||BA||_F^2
-    before: Tensor  # (N, M, 4)   aligned, partial_left, partial_right, off
-    after: Tensor  # (N, M, 4)
-    relative_change: Tensor  # (N, M)
-    rank_error: Tensor  # (N, M)
-    W: Tensor | None  # (N, M, K, R): P (X_in - X_out), None for exact
-    Z: Tensor  # (N, M, K, H R): ((Y_in - Y_out) Q)^T
+from csulora_kernels.layout import Basis, Table, empty_like
+from csulora_kernels.settings import Kind, kind_of
+from csulora_kernels.tiles import MAX_RANK
+from csulora_kernels.workspace import (
+    Cores,
+    Projection,
+    Shift,
+    Spectrum,
+    Workspace,
+    check_table,
+    check_workspace,
+    workspace,
+)
 
 
 class Result(NamedTuple):
-    """The corrected factors and everything that is known about them."""
+    """The new factors and everything that is known about them."""
 
     table: Table
     projection: Projection
-    cores: Cores
-
-
-@dataclass(frozen=True, eq=False)
-class Workspace:
-    """Buffers and work lists for one table, basis and form of the result; reusable, not shareable."""
-
-    tiles: Tiles
-    same: bool
-    shapes: tuple[Shape, ...]
-    project_work: Tensor  # (programs, 7) int32
-    recompose_work: Tensor  # (programs, 5) int32
-    splits: int
-    partial: Projection  # with a leading dimension of `splits`
-    cores: Cores
-    scratch: Tensor  # (programs, matrices, R, R) float64
-
-    def __repr__(self) -> str:
-        form = "same" if self.same else "exact"
-        return f"Workspace(form {form}, {len(self.shapes)} modules, R {self.tiles.R}, K {self.tiles.K})"
-
-
-def workspace(table: Table, basis: Basis, penalties: Any, tiles: Tiles | None = None) -> Workspace:
-    """All memory that `correct` needs for tables of this layout besides `out`.
-
-    Raises ValueError for a rank above 128 and RuntimeError where the kernels cannot run.
-    """
-    _check(table, basis)
-    reason = unavailable(table.data.device)
-    if reason is not None:
-        raise RuntimeError(reason)
-    same = _is_same(penalties)
-    device = table.data.device
-    N, M = len(table.slots), len(table.shapes)
-    if tiles is None:
-        capability, processors = hardware(device)
-        tiles = choose(table.shapes, N, table.max_rank, table.data.dtype, capability, processors)
-    if tiles.R > MAX_RANK:
-        raise ValueError(f"rank {table.max_rank}: a workspace is for ranks up to {MAX_RANK}")
-    splits = plan.splits(table.shapes, tiles)
-    return Workspace(
-        tiles,
-        same,
-        table.shapes,
-        plan.project_work(table.shapes, N, tiles).to(device),
-        plan.recompose_work(table.shapes, N, tiles).to(device),
-        splits,
-        _projection_buffers((splits, N, M), tiles.K, tiles.R, device),
-        _core_buffers(N, M, tiles.K, tiles.R, same, device),
-        _scratch(tiles.solve_programs, tiles.R, device),
-    )
+    cores: Cores | Shift
 
 
 def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
@@ -115,8 +44,8 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     from csulora_kernels._project import add_splits_kernel, project_kernel
 
     ws, tiles = workspace, workspace.tiles
-    _check(table, basis)
-    _check_workspace(table, ws)
+    check_table(table, basis)
+    check_workspace(table, ws)
     result = Projection(*(X[0] for X in ws.partial))
     N, M = len(table.slots), len(table.shapes)
     if ws.project_work.shape[0] == 0:
@@ -158,72 +87,121 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     return result
 
 
-def solve(projection: Projection, penalties: Any, *, workspace: Workspace) -> Cores:
-    """The cores of the corrected updates and their energies. One launch."""
+def solve(
+    projection: Projection,
+    settings: Any,
+    spectrum: Spectrum | None = None,
+    *,
+    workspace: Workspace,
+) -> Cores | Shift:
+    """What makes the new factors of the projected ones, and their energies. One launch.
+
+    spectrum: for realignment, of the basis and the adapters.
+    """
+    ws = workspace
+    kind = kind_of(settings)
+    if kind != ws.kind:
+        raise ValueError(f"the workspace was made for {ws.kind.method}, form {ws.kind.form}")
+    if ws.found.energy.numel() == 0:
+        return ws.found
+    with on_device(projection.P):
+        if isinstance(ws.found, Cores):
+            _solve_cores(projection, settings, ws, ws.found)
+        else:
+            _solve_shift(projection, settings, _checked(spectrum, ws), ws, ws.found)
+    return ws.found
+
+
+def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores) -> None:
     from csulora_kernels._solve import solve_kernel
 
-    ws, tiles = workspace, workspace.tiles
-    if _is_same(penalties) != ws.same:
-        raise ValueError(f"the workspace was made for form={'same' if ws.same else 'exact'}")
-    c = ws.cores
-    n_entries = c.energy.numel()
-    if n_entries == 0:
-        return c
-    with on_device(projection.P):
-        solve_kernel[(ws.scratch.shape[0],)](
-            *projection,
-            c.X_in if c.X_in is not None else c.Y_in,
-            c.X_out if c.X_out is not None else c.Y_in,
-            c.Y_in,
-            c.Y_out,
-            c.W if c.W is not None else c.Y_in,
-            c.Z,
-            c.energy,
-            c.before,
-            c.after,
-            c.relative_change,
-            c.rank_error,
-            ws.scratch,
-            n_entries,
-            float(penalties.lambda_aligned),
-            float(penalties.lambda_left),
-            float(penalties.lambda_right),
-            float(penalties.lambda_off),
-            K=tiles.K,
-            R=tiles.R,
-            T=tiles.solve_tile,
-            GRANULARITY=penalties.granularity,
-            SAME=ws.same,
-            num_warps=tiles.solve_warps,
-            num_stages=1,
-            maxnreg=tiles.solve_registers,
-        )
-    return c
+    tiles = ws.tiles
+    solve_kernel[(ws.scratch.shape[0],)](
+        *projection,
+        c.X_in if c.X_in is not None else c.Y_in,
+        c.X_out if c.X_out is not None else c.Y_in,
+        c.Y_in,
+        c.Y_out,
+        c.W if c.W is not None else c.Y_in,
+        c.Z,
+        c.energy,
+        c.before,
+        c.after,
+        c.relative_change,
+        c.rank_error,
+        ws.scratch,
+        c.energy.numel(),
+        float(settings.lambda_aligned),
+        float(settings.lambda_left),
+        float(settings.lambda_right),
+        float(settings.lambda_off),
+        K=tiles.K,
+        R=tiles.R,
+        T=tiles.solve_tile,
+        GRANULARITY=settings.granularity,
+        SAME=ws.kind.form == "same",
+        num_warps=tiles.solve_warps,
+        num_stages=1,
+        maxnreg=tiles.solve_registers,
+    )
+
+
+def _solve_shift(
+    projection: Projection, settings: Any, spectrum: Spectrum, ws: Workspace, shift: Shift
+) -> None:
+    from csulora_kernels._realign import realign_kernel
+
+    tiles = ws.tiles
+    realign_kernel[(ws.scratch.shape[0],)](
+        *projection,
+        *spectrum,
+        shift.Z,
+        shift.c if shift.c is not None else shift.Z,
+        *shift[2:],
+        ws.scratch,
+        shift.energy.numel(),
+        len(ws.shapes),
+        float(settings.strength),
+        float(settings.gamma),
+        K=tiles.K,
+        R=tiles.R,
+        T=tiles.solve_tile,
+        SIZE=ws.scratch.shape[1],
+        EDGE=settings.edge,
+        OPPOSED=settings.opposed,
+        SAME=ws.kind.form == "same",
+        num_warps=tiles.solve_warps,
+        num_stages=1,
+        maxnreg=tiles.solve_registers,
+    )
 
 
 def recompose(
     table: Table,
     basis: Basis,
     projection: Projection,
-    cores: Cores,
+    cores: Cores | Shift,
     *,
     workspace: Workspace,
     out: Table | None = None,
 ) -> Table:
-    """The corrected factors, rank 2r (exact) or r (same), in the table's type. One launch."""
+    """The new factors in the table's type. One launch.
+
+    Of a realignment of form `same` only A is written; the result's B is that of `table`.
+    """
     from csulora_kernels._recompose import recompose_kernel
 
     ws, tiles = workspace, workspace.tiles
-    factor = 1 if ws.same else 2
     if out is None:
-        out = empty_like(table, factor)
-    _check_out(table, out, factor)
-    _check_workspace(table, ws)
+        out = empty_like(table, ws.kind)
+    _check_out(table, out, ws.kind)
+    check_workspace(table, ws)
+    if not ws.kind.writes_B:
+        out = out.beside(table)
     if ws.recompose_work.shape[0] == 0:
         return out
-    precision = "tf32x3" if table.data.dtype == torch.float32 else "bf16x3"
-    if _interpreted(recompose_kernel):
-        precision = "ieee"  # the interpreter knows no bf16x3
+    left, X_out, Z, Y_out = _coefficients(projection, cores)
+    kind_B, kind_A = KINDS[ws.kind]
     with on_device(table.data):
         recompose_kernel[(ws.recompose_work.shape[0],)](
             table.data,
@@ -233,20 +211,26 @@ def recompose(
             out.entries,
             basis.modules,
             ws.recompose_work,
-            cores.W if cores.W is not None else projection.P,
-            cores.X_out if cores.X_out is not None else cores.Y_out,
-            cores.Z,
-            cores.Y_out,
+            projection.G_B,
+            projection.G_A,
+            left,
+            X_out,
+            Z,
+            Y_out,
+            len(table.slots),
             len(table.shapes),
             K=tiles.K,
             R=tiles.R,
-            T=tiles.recompose_tile,
+            GROUP=tiles.group,
+            BLOCK_J=tiles.recompose_rows,
             BLOCK_K=tiles.recompose.block_k,
             BLOCK_D=tiles.recompose.block_d,
-            VEC_R=table.vec_r,
+            VEC_R=min(table.vec_r, out.vec_r),
             VEC_D=table.vec_d,
-            SAME=ws.same,
-            PRECISION=precision,
+            KIND_B=kind_B,
+            KIND_A=kind_A,
+            STAGES=tiles.recompose.stages,
+            EMULATE=_interpreted(recompose_kernel),
             num_warps=tiles.recompose.warps,
             num_stages=tiles.recompose.stages,
             maxnreg=tiles.recompose.registers,
@@ -254,27 +238,48 @@ def recompose(
     return out
 
 
+# Of the sides of B and of A, as _recompose.py numbers them.
+_PARTS, _CORES, _SHIFTED, _EXTENDED = range(4)
+KINDS = {
+    ("csulora", "exact"): (_PARTS, _CORES),
+    ("csulora", "same"): (_CORES, _CORES),
+    ("realign", "same"): (_SHIFTED, _SHIFTED),
+    ("realign", "exact"): (_EXTENDED, _EXTENDED),
+}
+
+
+def _coefficients(
+    projection: Projection, cores: Cores | Shift
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What recompose multiplies, and anything at all where it multiplies nothing."""
+    Z = cores.Z
+    if isinstance(cores, Shift):
+        return Z if cores.c is None else cores.c, Z, Z, Z
+    W = projection.P if cores.W is None else cores.W
+    return W, Z if cores.X_out is None else cores.X_out, Z, cores.Y_out
+
+
 def correct(
     table: Table,
     basis: Basis,
-    penalties: Any,
+    settings: Any,
+    spectrum: Spectrum | None = None,
     *,
     out: Table | None = None,
     workspace: Workspace | None = None,
 ) -> Result:
     """Correct every module of every adapter: project, solve, recompose.
 
-    penalties: an object with the attributes of `Penalties`. out: from `empty_like(table, 2)` for
-    exact or `empty_like(table, 1)` for same. The result's projection and cores are the workspace's
-    own buffers: the next call with that workspace overwrites them. Raises ValueError for a rank above
-    128.
+    settings: an object with the attributes of `Penalties` or of `Shares`, for which a spectrum is needed.
+    out: from `empty_like(table, settings)`. The result's projection and cores are the workspace's own
+    buffers: the next call with that workspace overwrites them. Raises ValueError for a rank above 128.
     """
-    _check(table, basis)
+    check_table(table, basis)
     if table.max_rank > MAX_RANK:
         raise ValueError(f"rank {table.max_rank} is above {MAX_RANK}, the most the kernels hold")
-    ws = workspace if workspace is not None else _workspace(table, basis, penalties)
+    ws = workspace if workspace is not None else _workspace(table, basis, settings)
     projection = project(table, basis, workspace=ws)
-    cores = solve(projection, penalties, workspace=ws)
+    cores = solve(projection, settings, spectrum, workspace=ws)
     return Result(
         recompose(table, basis, projection, cores, workspace=ws, out=out), projection, cores
     )
@@ -283,64 +288,14 @@ def correct(
 _workspace = workspace  # `correct` has a parameter of this name
 
 
-def _projection_buffers(lead: tuple[int, ...], K: int, R: int, device: torch.device) -> Projection:
-    # Zero once: where a module has fewer directions than K no program ever writes.
-    return Projection(
-        torch.zeros(*lead, K, R, device=device),
-        torch.zeros(*lead, R, K, device=device),
-        torch.zeros(*lead, R, R, device=device),
-        torch.zeros(*lead, R, R, device=device),
-    )
-
-
-def _core_buffers(N: int, M: int, K: int, R: int, same: bool, device: torch.device) -> Cores:
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(N, M, *shape, dtype=dtype, device=device)
-
-    H = 1 if same else 2
-    f64 = torch.float64
-    return Cores(
-        X_in=new(R, R) if same else None,
-        X_out=new(R, R) if same else None,
-        Y_in=new(H * R, R),
-        Y_out=new(H * R, R),
-        energy=new(dtype=f64),
-        before=new(4, dtype=f64),
-        after=new(4, dtype=f64),
-        relative_change=new(dtype=f64),
-        rank_error=new(dtype=f64),
-        W=new(K, R) if same else None,
-        Z=new(K, H * R),
-    )
-
-
-def _scratch(programs: int, R: int, device: torch.device) -> Tensor:
-    return torch.empty(programs, SOLVE_MATRICES, R, R, dtype=torch.float64, device=device)
-
-
-@cache
-def hardware(device: torch.device) -> tuple[int, int]:
-    """(compute capability as 80, 90, ..., number of processors); the interpreter counts as one."""
-    if device.type != "cuda":
-        return 80, 1
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on that device, or None where they can."""
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-
-        from csulora_kernels._solve import solve_kernel
-    except ImportError:
-        return "the package triton is not installed"
-    if device.type != "cuda" and not isinstance(solve_kernel, InterpretedFunction):
-        return (
-            f"Triton needs a CUDA device, not {device}; on the CPU it runs under its interpreter, "
-            "with TRITON_INTERPRET=1 in the environment, for tests"
-        )
-    return None
+def _checked(spectrum: Spectrum | None, ws: Workspace) -> Spectrum:
+    N, M = ws.found.energy.shape
+    sizes = ((M, ws.tiles.K), (M,), (N, M))
+    if spectrum is None or any(X.shape != size for X, size in zip(spectrum, sizes, strict=True)):
+        raise ValueError(f"realignment needs a spectrum of S, edge and scaling of sizes {sizes}")
+    if any(X.dtype != torch.float64 or not X.is_contiguous() for X in spectrum):
+        raise ValueError("a spectrum is contiguous and of type float64")
+    return spectrum
 
 
 def _interpreted(kernel: Any) -> bool:
@@ -352,34 +307,8 @@ def on_device(data: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(data.device) if data.is_cuda else contextlib.nullcontext()
 
 
-def _check(table: Table, basis: Basis) -> None:
-    if table.shapes != basis.shapes:
-        raise ValueError("the table was packed for another basis: the module shapes differ")
-    if table.data.device != basis.data.device:
-        raise ValueError(f"table on {table.data.device}, basis on {basis.data.device}")
-
-
-def _check_out(table: Table, out: Table, factor: int) -> None:
+def _check_out(table: Table, out: Table, kind: Kind) -> None:
     # Not slot by slot: with many adapters that would take longer than the kernels.
-    fits = out.made_for == (table.key, factor) and len(out.slots) == len(table.slots)
+    fits = out.made_for == (table.key, kind) and len(out.slots) == len(table.slots)
     if not fits or out.shapes != table.shapes or out.data.dtype != table.data.dtype:
-        raise ValueError(f"out must come from empty_like(table, {factor})")
-
-
-def _check_workspace(table: Table, ws: Workspace) -> None:
-    size = len(table.slots), len(table.shapes)
-    if ws.shapes != table.shapes or ws.cores.energy.shape != size or table.max_rank > ws.tiles.R:
-        raise ValueError("the workspace was made for a table of another layout")
-
-
-def _is_same(penalties: Any) -> bool:
-    """Whether the form is `same`, after a check of all settings."""
-    for name in ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off"):
-        value = getattr(penalties, name)
-        if math.isnan(value) or value < 0:
-            raise ValueError(f"{name} must be at least 0, not {value}")
-    for name, choices in (("granularity", GRANULARITIES), ("form", FORMS)):
-        value = getattr(penalties, name)
-        if value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
-    return bool(penalties.form == "same")
+        raise ValueError(f"out must come from empty_like(table, settings) of {' '.join(kind)}")

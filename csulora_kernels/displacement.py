@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from csulora_kernels.api import hardware, on_device, unavailable
+from csulora_kernels.api import on_device
 from csulora_kernels.layout import ALIGNMENT, DTYPES
+from csulora_kernels.workspace import hardware, unavailable
 
 BLOCK_I, BLOCK_L = 64, 32
 

@@ -16,17 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from csulora_kernels.settings import Kind, kind_of
+
 ALIGNMENT = 16  # bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Granularity = Literal["direction", "component"]
-Form = Literal["exact", "same"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-FORMS: tuple[str, ...] = get_args(Form)
 
 
 class Shape(NamedTuple):
@@ -43,18 +41,6 @@ class Slot(NamedTuple):
     r: int
     o_B: int
     o_A: int
-
-
-@dataclass(frozen=True)
-class Penalties:
-    """Strengths and choices of the method; any object with these attributes serves as well."""
-
-    lambda_aligned: float = 0.0
-    lambda_left: float = 10.0
-    lambda_right: float = 10.0
-    lambda_off: float = 10.0
-    granularity: Granularity = "direction"
-    form: Form = "exact"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +91,8 @@ class Table:
     vec_r: int  # elements, at most 16 bytes of them, that every rank is a multiple of
     vec_d: int  # the same of every d_out and d_in
     key: int  # hash of all ranks
-    made_for: tuple[int, int] | None = None  # key and factor of empty_like
+    made_for: tuple[int, Kind] | None = None  # key and kind of empty_like
+    kept: Table | None = None  # whose B this one's modules have, where it holds A alone
 
     def __repr__(self) -> str:
         size = f"{len(self.slots)} adapters, {len(self.shapes)} modules"
@@ -114,6 +101,8 @@ class Table:
 
     def B(self, i: int, m: int) -> Tensor:
         """(d_out, r) of adapter i and module m, a view."""
+        if self.kept is not None:
+            return self.kept.B(i, m)
         slot = self.slots[i][m]
         return _view(self.data, slot.o_B, self.shapes[m].d_out, slot.r)
 
@@ -122,8 +111,12 @@ class Table:
         slot = self.slots[i][m]
         return _view(self.data, slot.o_A, slot.r, self.shapes[m].d_in)
 
+    def beside(self, table: Table | None) -> Table:
+        """The same A with the B of another table, for a result that holds A alone."""
+        return replace(self, kept=table)
+
     def to(self, device: torch.device | str) -> Table:
-        """The same table on another device; one copy for all factors."""
+        """The same table on another device; one copy for all factors, and none of a B that it only shows."""
         return replace(self, data=self.data.to(device), entries=self.entries.to(device))
 
 
@@ -198,19 +191,26 @@ def pack(
     return _table(basis.shapes, slots, data)
 
 
-def empty_like(table: Table, factor: int) -> Table:
-    """An unwritten table for the same adapters and modules with every rank times `factor`."""
+def empty_like(table: Table, settings: Any) -> Table:
+    """An unwritten table for the result of these settings, or of their `Kind`, for the same adapters.
+
+    Of a realignment of form `same` it has room for A alone and shows the B of `table`.
+    """
+    kind = settings if isinstance(settings, Kind) else kind_of(settings)
     slots, end = [], 0
     for row in table.slots:
         placed = []
         for shape, slot in zip(table.shapes, row, strict=True):
-            r = slot.r * factor
-            o_B, end = end, _aligned(end + shape.d_out * r, table.data.dtype)
+            r = kind.rank(slot.r, shape.k)
+            o_B = end
+            if kind.writes_B:
+                end = _aligned(end + shape.d_out * r, table.data.dtype)
             o_A, end = end, _aligned(end + r * shape.d_in, table.data.dtype)
             placed.append(Slot(r, o_B, o_A))
         slots.append(tuple(placed))
     made = _table(table.shapes, slots, table.data.new_empty(end))
-    return replace(made, made_for=(table.key, factor))
+    kept = None if kind.writes_B else table
+    return replace(made, made_for=(table.key, kind), kept=kept)
 
 
 def power_of_two_divisor(sizes: Sequence[int], limit: int) -> int:

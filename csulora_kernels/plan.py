@@ -28,17 +28,27 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 7)
 
 
-def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tensor:
-    """(programs, 5) int32: side, module, d from, adapter from, adapter to."""
-    step = tiles.recompose_adapters
-    rows = [
-        (side, m, start, first, min(first + step, adapters))
-        for m, shape in enumerate(shapes)
-        for side, d in enumerate((shape.d_out, shape.d_in))
-        for start in range(0, d, tiles.recompose.block_d)
-        for first in range(0, adapters, step)
-    ]
+def recompose_work(
+    shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, halves: int, sides: tuple[int, ...]
+) -> Tensor:
+    """(programs, 5) int32: side, module, group of adapters, d from, d to.
+
+    halves: how often the new A has r rows; sides: 0 (B), 1 (A), those that are written.
+    """
+    rows = []
+    for m, shape in enumerate(shapes):
+        for side in sides:
+            group = recompose_group(tiles, halves if side else 1)
+            d, step = shape[side], tiles.recompose_length
+            for start in range(0, d, step):
+                end = min(start + step, d)
+                rows += [(side, m, i, start, end) for i in range(-(-adapters // group))]
     return torch.tensor(rows[::-1], dtype=torch.int32).reshape(-1, 5)
+
+
+def recompose_group(tiles: Tiles, halves: int) -> int:
+    """Adapters of one program of recompose, as `group_of` in _recompose.py has it."""
+    return min(tiles.group, max(1, tiles.recompose_rows // (halves * tiles.R)))
 
 
 def splits(shapes: tuple[Shape, ...], tiles: Tiles) -> int:

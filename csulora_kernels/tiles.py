@@ -14,8 +14,10 @@ import torch
 from csulora_kernels.layout import Shape
 
 DIRECTIONS = 64  # K is a multiple of it
+REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
 SOLVE_MATRICES = 26  # R x R float64 scratch matrices of one program of solve
+REALIGN_MATRICES = 7  # the same of realign, which has two K x R ones and two vectors of K besides
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,37 @@ class Tiles:
 
     R: int  # ranks padded to a power of two
     K: int  # directions padded to a multiple of DIRECTIONS
-    group: int  # adapters that share one basis tile in project
+    group: int  # most adapters that share one basis tile
     project: Launch
     split_length: int  # d of one program in project, a multiple of its block_d
     solve_tile: int
     solve_warps: int
-    solve_registers: int  # a thread's limit; left alone the compiler may choose fewer and spill
+    solve_registers: int  # a thread's limit
     solve_programs: int
     recompose: Launch
-    recompose_tile: int  # columns of a result at a time
-    recompose_adapters: int  # adapters of one program
+    recompose_rows: int  # of a new factor at a time, those of a B counted as columns
+    recompose_length: int  # d of one program in recompose, a multiple of its block_d
+
+
+def fault(tiles: Tiles, capability: int) -> str | None:
+    """Why these tiles would give wrong results or read what they may not, or None."""
+    if tiles.split_length % tiles.project.block_d:
+        return (
+            f"split_length {tiles.split_length} is no multiple of block_d {tiles.project.block_d}"
+        )
+    if tiles.K % tiles.project.block_k or tiles.K % tiles.recompose.block_k:
+        return f"K {tiles.K} is no multiple of every block_k"
+    if tiles.R % tiles.solve_tile:
+        return f"R {tiles.R} is no multiple of solve_tile {tiles.solve_tile}"
+    if tiles.recompose_length % tiles.recompose.block_d:
+        return f"recompose_length {tiles.recompose_length} is no multiple of block_d {tiles.recompose.block_d}"
+    # Triton (3.6.0 and 3.7.1 both) gives a product that feeds another one 16 rows to each warp, below those
+    # of the warp before, though the tile may have no rows left; a left operand in shared memory, as a bfloat16
+    # factor is, is then read past its end.
+    rows, warps = tiles.recompose_rows, tiles.recompose.warps
+    if capability >= 90 and rows >= 64 and rows % (16 * warps):
+        return f"{warps} warps have no 16 rows each in recompose's {rows} rows"
+    return None
 
 
 def padded_rank(max_rank: int) -> int:
@@ -77,12 +100,18 @@ def choose(
         split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
     ):
         split_length //= 2
-    d_tiles = sum(-(-d // recompose.block_d) for d in lengths)
-    shares = min(max(1, adapters), -(-8 * processors // max(1, d_tiles)))
+    recompose_length = 4096
+    while recompose_length > 512 and groups * sum(-(-d // recompose_length) for d in lengths) < (
+        16 * processors
+    ):
+        recompose_length //= 2
     # From sm_100 on float64 products run outside the tensor cores and take more registers.
     solve_tile = min(R, 32 if capability < 100 else 16)
     solve_warps = {16: 1, 32: 4}.get(R, 8) if capability < 100 else (2 if R <= 32 else 8)
-    per_processor = {16: 8, 32: 2}  # what the registers allow
+    # A thread's limit, at which nothing spills inside of a loop with a product; more programs a processor hide
+    # more of the pivots' latency than the few spills around the calls cost.
+    registers = {32: 168}.get(R, 128) if capability < 100 else (255 if R <= 32 else 232)
+    per_processor = REGISTERS // (32 * solve_warps * registers)
     return Tiles(
         R=R,
         K=K,
@@ -91,11 +120,11 @@ def choose(
         split_length=split_length,
         solve_tile=solve_tile,
         solve_warps=solve_warps,
-        solve_registers=255 if R <= 32 else 232,
-        solve_programs=max(1, min(adapters * len(shapes), processors * per_processor.get(R, 1))),
+        solve_registers=registers,
+        solve_programs=max(1, min(adapters * len(shapes), processors * per_processor)),
         recompose=recompose,
-        recompose_tile=min(R, 32),
-        recompose_adapters=-(-max(1, adapters) // shares),
+        recompose_rows=max(64, R),
+        recompose_length=recompose_length,
     )
 
 
@@ -113,13 +142,6 @@ def launches(
     elif wide and R == 128 and capability < 90:
         # No tile of this one is free of spills: the Gram matrix alone fills the registers.
         project = Launch(block_d=16, block_k=64, warps=8, stages=1)
-    # A basis tile of all directions stays in registers from adapter to adapter where it fits.
-    resident = K == DIRECTIONS and R <= 32 and not wide
-    recompose = Launch(
-        block_d=64,
-        block_k=64 if resident else 32,
-        warps=8 if R >= 64 and not wide and capability < 90 else 4,
-        stages=2,
-        registers=168 if capability >= 100 else None,
-    )
+    # Of several adapters the coefficients take the shared memory that a third stage would.
+    recompose = Launch(64, 64, warps=8 if R == 128 else 4, stages=2 if group > 1 else 3)
     return project, recompose

@@ -10,12 +10,18 @@ from torch import Tensor
 
 import csulora_kernels as kernels
 from csulora.errors import CsuloraError
-from csulora.method.precision import Amplification, amplification, squares_fit_float32
-from csulora.method.stages import Cores, Figures, Grams
+from csulora.method.precision import (
+    Amplification,
+    amplification,
+    shift_amplification,
+    squares_fit_float32,
+)
+from csulora.method.realign import Shift, Spectrum
+from csulora.method.stages import Cores, Figures, Grams, Projection
 from csulora.pipeline import by_torch
 from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
-from csulora.settings import Correction
+from csulora.settings import Method, Realignment
 from csulora.subspace import SafetySubspace
 
 Members = dict[int, Member]  # of one plan, by their position in it
@@ -27,12 +33,11 @@ def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | Csul
     All plans are of one subspace. Modules of one working type and correction go together. What the
     kernels do not take, adapters with ranks above 128 and such without modules, PyTorch solves.
     """
-    launches: dict[tuple[torch.dtype, Correction], dict[int, Members]] = {}
+    launches: dict[tuple[torch.dtype, Method], dict[int, Members]] = {}
     for p, plan in enumerate(plans):
-        if _widest(plan) <= kernels.MAX_RANK and isinstance(plan.correction, Correction):
+        if _widest(plan) <= kernels.MAX_RANK:
             dtype = _working_type(plan)
             for i, member in enumerate(plan.members):
-                assert isinstance(member.correction, Correction)
                 rows = launches.setdefault((dtype, member.correction), {})
                 rows.setdefault(p, {})[i] = member
     parts: dict[int, list[_Part]] = {}
@@ -60,7 +65,7 @@ class _Part(NamedTuple):
 def _launch(
     rows: Sequence[Members],
     subspace: SafetySubspace,
-    correction: Correction,
+    correction: Method,
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[_Part]:
@@ -77,12 +82,17 @@ def _launch(
     table = kernels.pack(factors, basis)
     workspace = kernels.workspace(table, basis, correction)
     projection = kernels.project(table, basis, workspace=workspace)
-    cores = kernels.solve(projection, correction, workspace=workspace)
+    spectrum = None
+    if isinstance(correction, Realignment):
+        spectrum = _spectrum(rows, list(wanted), workspace.tiles.K, device)
+    cores = kernels.solve(projection, correction, spectrum, workspace=workspace)
     out = None
     if not correction.is_identity:
         out = kernels.recompose(table, basis, projection, cores, workspace=workspace).to("cpu")
     finite, squares_fit = (X.cpu() for X in _sizes(projection, table))
-    amplified = Amplification(*(X.cpu() for X in _amplification(projection, cores, table)))
+    amplified = Amplification(
+        *(X.cpu() for X in _amplification(projection, cores, table, spectrum, correction))
+    )
     figures = Figures(*(X.cpu() for X in _figures(cores)))
     index = {key: column for column, key in enumerate(wanted)}
     parts = []
@@ -118,7 +128,10 @@ def _joined(plan: Plan, parts: list[_Part]) -> Solved | CsuloraError:
     def factors(i: int, into: Pair | None) -> Pair:
         part, column = source[i]
         assert part.out is not None  # finish asks for nothing that the strengths keep
-        return part.out.B(part.row, column), part.out.A(part.row, column)
+        A = part.out.A(part.row, column)
+        if part.out.kept is not None:  # B is as it was, and in its own type
+            return plan.members[i].module.B, A
+        return part.out.B(part.row, column), A
 
     return Solved(known.figures, known.needs_float64(plan), factors, range(len(plan.members)))
 
@@ -127,8 +140,6 @@ def _by_torch(plan: Plan, device: torch.device) -> Solved | CsuloraError:
     (solved,) = by_torch.solve([plan], device)
     if isinstance(solved, CsuloraError) or not plan.members:
         return solved
-    if not isinstance(plan.correction, Correction):
-        return solved._replace(notes=("realignment was done by torch, not Triton",))
     note = f"rank {_widest(plan)} is above {kernels.MAX_RANK}: corrected by torch, not Triton"
     return solved._replace(notes=(note,))
 
@@ -161,7 +172,22 @@ def _whole_basis(subspace: SafetySubspace, device: torch.device) -> kernels.Basi
     return kept
 
 
-def _figures(cores: kernels.Cores) -> Figures:
+def _spectrum(
+    rows: Sequence[Members], keys: list[str], K: int, device: torch.device
+) -> kernels.Spectrum:
+    """S and edge of each module, scaling of each module of each adapter; 0 where it has none."""
+    S = torch.zeros(len(keys), K, dtype=torch.float64)
+    edge = torch.zeros(len(keys), dtype=torch.float64)
+    scaling = torch.zeros(len(rows), len(keys), dtype=torch.float64)
+    index = {key: m for m, key in enumerate(keys)}
+    for i, members in enumerate(rows):
+        for member in members.values():
+            m, known = index[_key(member)], member.spectrum
+            S[m, : len(known.S)], edge[m], scaling[i, m] = known
+    return kernels.Spectrum(S.to(device), edge.to(device), scaling.to(device))
+
+
+def _figures(cores: kernels.Cores | kernels.Shift) -> Figures:
     return Figures(cores.energy, cores.before, cores.after, cores.relative_change, cores.rank_error)
 
 
@@ -174,10 +200,22 @@ def _sizes(projection: kernels.Projection, table: kernels.Table) -> tuple[Tensor
 
 
 def _amplification(
-    projection: kernels.Projection, cores: kernels.Cores, table: kernels.Table
+    projection: kernels.Projection,
+    cores: kernels.Cores | kernels.Shift,
+    table: kernels.Table,
+    spectrum: kernels.Spectrum | None,
+    correction: Method,
 ) -> Amplification:
     """(N, M) each. Padding is no part of any Gram matrix, so it adds nothing."""
     P, Q, G_B, G_A = (_finite(X) for X in projection)
+    if isinstance(cores, kernels.Shift):
+        assert spectrum is not None and isinstance(correction, Realignment)
+        c = None if cores.c is None else _finite(cores.c)
+        shift = Shift(_finite(cores.Z).mT, c, cores.inverse_diagonal)
+        energy = cores.energy * cores.after.sum(-1)
+        return shift_amplification(
+            Projection(P, Q, G_B, G_A), Spectrum(*spectrum), correction, shift, energy
+        )
     inside = torch.stack([P.mT @ P, Q @ Q.mT])
     outside = torch.stack([G_B, G_A]) - inside
     X_in, X_out = (None if X is None else _finite(X) for X in (cores.X_in, cores.X_out))

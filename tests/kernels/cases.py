@@ -17,6 +17,7 @@ from torch import Tensor
 import csulora_kernels as kernels
 from csulora.method import stages
 from csulora.settings import Correction
+from csulora_kernels.workspace import hardware
 
 GUARD = 64  # elements of NaN before and after a buffer
 SENTINEL = 777.0
@@ -138,15 +139,16 @@ def check(case: Case, device: str = "cpu") -> dict[str, float]:
     basis = replace(plain, data=guarded(plain.data, basis_views(plain), math.nan)[1])
     packed = kernels.pack(made.adapters, basis, device)
     table = replace(packed, data=guarded(packed.data, table_views(packed), math.nan)[1])
-    empty = kernels.empty_like(table, 1 if case.form == "same" else 2)
+    empty = kernels.empty_like(table, case.correction)
     whole, inside = guarded(empty.data, [], SENTINEL)
     out = replace(empty, data=inside)
 
+    capability, _ = hardware(table.data.device)
     tiles = kernels.choose(
-        table.shapes, len(table.slots), table.max_rank, case.dtype, 80, case.processors
+        table.shapes, len(table.slots), table.max_rank, case.dtype, capability, case.processors
     )
     ws = kernels.workspace(table, basis, case.correction, tiles)
-    for X in (*ws.cores, ws.scratch):
+    for X in (*ws.found, ws.scratch):
         if X is not None:
             X.fill_(math.nan)
     if case.again:  # what another batch leaves in the workspace must not matter

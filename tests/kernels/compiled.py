@@ -34,6 +34,10 @@ POINTERS = {
     "p_change": "*fp64",
     "p_error": "*fp64",
     "p_scratch": "*fp64",
+    "p_S": "*fp64",
+    "p_edge": "*fp64",
+    "p_scaling": "*fp64",
+    "p_inverse": "*fp64",
 }
 STORED = ("p_data", "p_out", "p_base", "p_aligned")  # of the adapters' or checkpoints' own type
 
@@ -58,7 +62,8 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
             signature[name] = stored if name in STORED else POINTERS.get(name, "*fp32")
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name.startswith("lambda") else "i32"
+            real = name.startswith("lambda") or name in ("strength", "gamma")
+            signature[name] = "fp32" if real else "i32"
     source = ASTSource(fn=fn, signature=signature, constexprs=given, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
@@ -79,8 +84,48 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
         "loads": _count(sass, r"\b(LDG\.E[.\w]*|LDGSTS\.E[.\w]*)"),
         "stores": _count(sass, r"\b(STG\.E[.\w]*)"),
         "tensor_core": _count(sass, r"\b((?:HMMA|HGMMA|DMMA|QGMMA|UTCHMMA|UTCQMMA)[.\w]*)"),
+        "spills_in_loops": _spills_in_product_loops(sass),
+        "beyond": _beyond(compiled.asm["ttgir"]),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
     }
+
+
+def _beyond(ttgir: str) -> list[str]:
+    """Products of warp groups whose left operand lies in shared memory and has fewer rows than the groups
+    would read."""
+    groups = {
+        name: int(warps)
+        for name, warps in re.findall(
+            r"(#mma\d*) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(\d+)", ttgir
+        )
+    }
+    products = re.findall(
+        r"ttng\.warp_group_dot .*: !ttg\.memdesc<(\d+)x\w+, .* -> tensor<[^#]*(#mma\d*)>", ttgir
+    )
+    return [f"{rows} rows of {name}" for rows, name in products if int(rows) < 16 * groups[name]]
+
+
+def _spills_in_product_loops(sass: str) -> int:
+    """Spilling instructions inside of an innermost loop that has a tensor-core product."""
+    code = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    ]
+    jumps = [(at, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+    inside = {
+        at
+        for first, last in innermost
+        if any(first <= at <= last and "MMA" in text for at, text in code)
+        for at, text in code
+        if first <= at <= last and re.search(r"\b(STL|LDL)\b", text)
+    }
+    return len(inside)
 
 
 def _dump(option: str, file: str) -> str:

@@ -11,6 +11,7 @@ from csulora import (
     CsuloraError,
     LoraAdapter,
     LoraModule,
+    Realignment,
     SafetySubspace,
     correct_batch,
     estimate,
@@ -60,6 +61,8 @@ SETTINGS = {
     "all of them": (Correction(1, 2, 3, float("inf")), None),
     "same": (Correction(form="same", lambda_left=100, granularity="component"), FEW),
     "kept": (Correction(0, 0, 0, 0), FEW),
+    "realign": (Realignment(strength=float("inf"), edge=False), None),
+    "realign, exact": (Realignment(form="exact", opposed=True, edge=False), FEW),
 }
 
 

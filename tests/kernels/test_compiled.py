@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from csulora_kernels import displacement
-from csulora_kernels.layout import GRANULARITIES, Shape
-from csulora_kernels.tiles import choose
+from csulora_kernels.api import KINDS
+from csulora_kernels.layout import Shape
+from csulora_kernels.settings import GRANULARITIES
+from csulora_kernels.tiles import REALIGN_MATRICES, choose
 
 pytest.importorskip("triton")
 
@@ -54,32 +56,37 @@ def configurations(arch, dtype, r, k, adapters):
         "registers": tiles.project.registers,
     }
     yield {**common, "kernel": "add_splits", "BLOCK": 1024, "warps": 4, "stages": 3}
-    for same in (False, True):
+    for kind_B, kind_A in KINDS.values():
         yield {
             **common,
             **vectors,
             "kernel": "recompose",
-            "T": tiles.recompose_tile,
+            "GROUP": tiles.group,
+            "BLOCK_J": tiles.recompose_rows,
             "BLOCK_K": tiles.recompose.block_k,
             "BLOCK_D": tiles.recompose.block_d,
-            "SAME": same,
-            "PRECISION": "tf32x3" if dtype == "float32" else "bf16x3",
+            "KIND_B": kind_B,
+            "KIND_A": kind_A,
+            "STAGES": tiles.recompose.stages,
+            "EMULATE": False,
             "warps": tiles.recompose.warps,
             "stages": tiles.recompose.stages,
             "registers": tiles.recompose.registers,
         }
+    solve = {
+        **common,
+        "dtype": "float32",  # it never sees the adapters' type
+        "T": tiles.solve_tile,
+        "warps": tiles.solve_warps,
+        "registers": tiles.solve_registers,
+        "stages": 1,
+    }
+    for same in (False, True):
         for granularity in GRANULARITIES:
-            yield {
-                **common,
-                "dtype": "float32",  # it never sees the adapters' type
-                "kernel": "solve",
-                "T": tiles.solve_tile,
-                "GRANULARITY": granularity,
-                "SAME": same,
-                "warps": tiles.solve_warps,
-                "registers": tiles.solve_registers,
-                "stages": 1,
-            }
+            yield {**solve, "kernel": "solve", "GRANULARITY": granularity, "SAME": same}
+        size = REALIGN_MATRICES * tiles.R**2 + 2 * tiles.K * (tiles.R + 1)
+        shares = {"EDGE": True, "OPPOSED": same, "SAME": same}
+        yield {**solve, **shares, "kernel": "realign", "SIZE": size}
 
 
 def displacements(arch, dtype):
@@ -157,25 +164,27 @@ def complaints(c, found):
     name = c["kernel"]
     allowed = KNOWN_SPILLS.get((c["arch"], name, c["dtype"], c.get("R")), 0)
     spilled = max(found["spill_stores"], found["spill_loads"])
-    if spilled > allowed or (found["stack"] and not allowed):
+    if name in ("solve", "realign") and c["arch"] < 100:  # around its calls it may spill
+        spilled = found["spills_in_loops"]
+    if spilled > allowed:
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
+    if found["beyond"]:
+        yield f"operands read past their end: {found['beyond']}"
     if name in ("project", "recompose", "displacement"):
         vectors = sum(n for load, n in found["loads"].items() if load.endswith(".128"))
-        # Asynchronous copies bring tiles. Narrow ones may bring an R x R core, which has less than
-        # 16 bytes a thread; all others come in whole vectors.
-        narrow = {load: n for load, n in found["loads"].items() if "LDGSTS" in load}
-        narrow = {load: n for load, n in narrow.items() if not load.endswith(".128")}
-        if not vectors or (
-            narrow and (name != "recompose" or c["R"] > 16 or set(narrow) != {"LDGSTS.E.64"})
-        ):
+        narrow = [load for load in found["loads"] if "LDGSTS" in load and not load.endswith(".128")]
+        if not vectors or narrow:
             yield f"global loads below 16 bytes: {found['loads']}"
         if c["arch"] < 100 and not any("MMA" in op for op in found["tensor_core"]):
             yield f"no tensor-core instructions: {found['tensor_core']}"
         single = sum(n for load, n in found["loads"].items() if load in ("LDG.E.U16", "LDG.E.U8"))
         if single:
             yield f"{single} two-byte loads"
+        narrow = {store for store in found["stores"] if not store.endswith((".128", ".64"))}
+        if name == "recompose" and narrow:
+            yield f"global stores below 8 bytes: {found['stores']}"
 
 
 def check(chosen, cache, capsys):
@@ -197,7 +206,7 @@ def print_table(chosen, facts):
     for c, f in zip(chosen, facts, strict=True):
         constants = " ".join(
             f"{k}={c[k]}"
-            for k in ("R", "K", "GROUP", "SAME", "GRANULARITY", "BLOCK_C", "TRANSPOSED")
+            for k in ("R", "K", "GROUP", "KIND_A", "SAME", "GRANULARITY", "BLOCK_C", "TRANSPOSED")
             if k in c
         )
         print(

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import cases
 import pytest
+import shifted
 import torch
 from cases import CASES, SLOW
 
 import csulora_kernels as kernels
+from csulora import Realignment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +40,19 @@ def test_every_stage_is_as_exact_on_the_gpu(name, dtype):
     cases.check(case, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", shifted.CASES)
+def test_every_stage_of_realignment_is_as_exact_on_the_gpu(name, dtype):
+    one = shifted.CASES[name]
+    shifted.check(replace(one, case=replace(one.case, dtype=dtype)), "cuda")
+
+
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_realignment_at_real_sizes(form):
+    case = cases.Case(((4096, 4096, 64), (1024, 4096, 64)), (16, 8, 16, 16, 16), torch.bfloat16)
+    shifted.check(shifted.Shifted(replace(case, processors=132), Realignment(form=form)), "cuda")
+
+
 def batch(form="exact"):
     made = cases.problem(cases.Case(((512, 384, 16), (256, 512, 16)), (8, 16)), "cuda")
     basis = kernels.pack_basis(made.bases, "cuda")
@@ -46,10 +61,10 @@ def batch(form="exact"):
     return table, basis, penalties
 
 
-@pytest.mark.parametrize(("form", "factor"), [("exact", 2), ("same", 1)])
-def test_a_graph_replays_new_data_without_allocating(form, factor):
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_a_graph_replays_new_data_without_allocating(form):
     table, basis, penalties = batch(form)
-    out, ws = kernels.empty_like(table, factor), kernels.workspace(table, basis, penalties)
+    out, ws = kernels.empty_like(table, penalties), kernels.workspace(table, basis, penalties)
     kernels.correct(table, basis, penalties, out=out, workspace=ws)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -68,7 +83,7 @@ def test_a_graph_replays_new_data_without_allocating(form, factor):
 
 def test_nothing_waits_for_the_device():
     table, basis, penalties = batch()
-    out, ws = kernels.empty_like(table, 2), kernels.workspace(table, basis, penalties)
+    out, ws = kernels.empty_like(table, penalties), kernels.workspace(table, basis, penalties)
     kernels.correct(table, basis, penalties, out=out, workspace=ws)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import csulora_kernels as kernels
+from csulora_kernels.layout import Shape
+from csulora_kernels.tiles import fault
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +47,32 @@ def test_ranks_above_the_limit_are_refused_by_name():
         kernels.correct(table, basis, kernels.Penalties())
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split_length": 40}, "split_length 40 is no multiple"),
+        ({"K": 96}, "K 96"),
+        ({"solve_tile": 12}, "R 16"),
+        ({"recompose_length": 100}, "recompose_length 100"),
+    ],
+)
+def test_tiles_that_do_not_fit_together_are_refused(change, message):
+    table, basis = packed(64, 48, 2)
+    ws = kernels.workspace(table, basis, kernels.Penalties())
+    with pytest.raises(ValueError, match=message):
+        kernels.workspace(table, basis, kernels.Penalties(), replace(ws.tiles, **change))
+
+
+def test_every_choice_of_tiles_fits_together_and_warp_groups_have_their_rows():
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    for arch, r, dtype, k, n in product((80, 90, 100), (8, 32, 64, 128), types, (7, 256), (1, 64)):
+        tiles = kernels.choose((Shape(4096, 1024, k),), n, r, dtype, arch, 132)
+        assert fault(tiles, arch) is None, (arch, r, dtype, k, n)
+    few = replace(tiles, recompose=replace(tiles.recompose, warps=8))
+    assert "8 warps" in fault(few, 90) and fault(few, 80) is None
+
+
 def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
     """As in a process without the interpreter, which tests/pipeline/test_backend.py starts: the kernel is
     such as `triton.jit` makes it there."""
@@ -69,14 +99,14 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize(("form", "factor"), [("exact", 2), ("same", 1)])
-def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, factor, monkeypatch):
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, monkeypatch):
     """No operator of PyTorch runs at all: the three launches are everything."""
     from triton.runtime.interpreter import GridExecutor
 
     table, basis = packed(64, 48, 2)
     penalties = kernels.Penalties(form=form)
-    out, ws = kernels.empty_like(table, factor), kernels.workspace(table, basis, penalties)
+    out, ws = kernels.empty_like(table, penalties), kernels.workspace(table, basis, penalties)
     kernels.correct(table, basis, penalties, out=out, workspace=ws)
     seen = []
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **kw: seen.append("launch"))

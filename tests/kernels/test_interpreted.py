@@ -2,6 +2,7 @@
 
 import cases
 import pytest
+import shifted
 import torch
 
 import csulora_kernels as kernels
@@ -16,6 +17,11 @@ pytestmark = [
 @pytest.mark.parametrize("name", cases.CASES)
 def test_every_stage_is_as_exact_as_promised(name):
     cases.check(cases.CASES[name])
+
+
+@pytest.mark.parametrize("name", shifted.CASES)
+def test_every_stage_of_realignment_is_as_exact(name):
+    shifted.check(shifted.CASES[name])
 
 
 @pytest.mark.parametrize("form", kernels.FORMS)
@@ -51,3 +57,23 @@ def test_the_product_with_a_difference_is_exact(dtype, shape, transposed):
     assert Y.shape == wanted.shape
     assert float((Y.double() - wanted).norm() / wanted.norm()) <= 1e-6
     assert torch.equal(Y, kernels.displacement_product(base, aligned, X, transposed=transposed))
+
+
+@pytest.mark.parametrize("form", kernels.FORMS)
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_what_is_not_finite_stays_in_its_adapter_and_module(form, factor):
+    """Also with no direction, where nothing but the factor itself has it; adapters share programs."""
+    case = cases.Case(((40, 36, 7), (33, 50, 0)), (8, 8, 3), cases.B16, form=form)
+    made = cases.problem(case, "cpu")
+    basis = kernels.pack_basis(made.bases, "cpu")
+    clean, spoilt = (kernels.pack(made.adapters, basis) for _ in range(2))
+    spoilt.B(1, 0)[1, 1] = spoilt.A(1, 0)[1, 1] = 1e30  # whose squares overflow
+    getattr(spoilt, factor)(1, 1)[0, 0] = float("nan")
+    wanted, found = (
+        kernels.correct(table, basis, case.correction).table for table in (clean, spoilt)
+    )
+    for i in (0, 2):
+        for m in (0, 1):
+            assert torch.equal(found.A(i, m), wanted.A(i, m))
+            assert torch.equal(found.B(i, m), wanted.B(i, m))
+    assert bool(getattr(found, factor)(1, 1).isnan().any())

@@ -40,7 +40,7 @@ def test_every_offset_is_a_whole_vector():
     basis = kernels.pack_basis(bases(a=(7, 5, 3), b=(9, 11, 1)))
     adapters = [{"a": factors(7, 3, 5, torch.bfloat16)}, {"b": factors(9, 1, 11, torch.bfloat16)}]
     table = kernels.pack(adapters, basis)
-    for tensor in (table, kernels.empty_like(table, 2)):
+    for tensor in (table, kernels.empty_like(table, kernels.Penalties())):
         offsets = [o for row in tensor.slots for slot in row for o in slot[1:]]
         assert all(o * 2 % 16 == 0 for o in offsets) and tensor.data.data_ptr() % 16 == 0
     assert table.slots[0][1].r == 0 and table.max_rank == 3 and table.vec_r == 1
