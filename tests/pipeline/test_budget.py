@@ -211,16 +211,13 @@ def test_factors_of_lower_rank_than_they_have_columns(method, limit, q):
 
 
 @pytest.mark.parametrize("method", [Correction(), Realignment()])
-def test_both_backends_and_every_way_find_the_same_strength(method):
+def test_every_way_finds_the_same_strength(method):
     adapter, subspace = several()
     asked = within(method, change=0.2)
     found = {decompose(adapter, subspace, asked).strength}
-    for backend in ("torch", "triton"):
-        new, report = correct(adapter, subspace, asked, backend=backend, device="cpu")
-        assert change_of(adapter, new) == pytest.approx(0.2, abs=EXACT)
-        found.add(report.strength)
+    for dtype in (None, torch.float16):
         for portable in (False, True):
-            _, report = correct(adapter, subspace, asked, portable=portable, dtype=torch.float16)
+            _, report = correct(adapter, subspace, asked, portable=portable, dtype=dtype)
             found.add(report.strength)
     assert len(found) == 1
 
