@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from csulora.method import in_float64
+from csulora.method.precision import singular
 from csulora.method.rank_fit import dot
 from csulora.method.realign import Spectrum, replaced
 from csulora.method.stages import OO, Grams, solve_grams
 
 if TYPE_CHECKING:
     from csulora.settings import Correction, Method, Realignment
+    from csulora_kernels import Form
 
-# Strengths are sought among the powers of 2^(1/STEPS) from 2^-OCTAVES to 2^OCTAVES. One step changes no
-# figure by more than 1e-7 of itself.
+# Strengths are sought among the powers of 2^(1/STEPS) between 2 to these octaves. One step changes no
+# figure by more than 1e-7 of itself. Beyond the last octave float64 cannot tell the null space of a
+# factor from the rest.
 STEPS = 1 << 24
-OCTAVES = 64
+OCTAVES = (-64, 40)
 # How often the interval is halved before it is divided in proportion.
 HALVINGS = 6
 
@@ -67,7 +71,7 @@ def strength_within(updates: Sequence[Update], kind: str, limit: float) -> Found
         return figure(strength(step)) - limit
 
     near, far = (0.0, math.inf)[::direction]
-    low, high = -OCTAVES * STEPS, OCTAVES * STEPS
+    low, high = (direction * octave * STEPS for octave in OCTAVES[::direction])
     if (reached := figure(far)) <= limit:
         return Found(far, reached)
     if excess(low) > 0:
@@ -139,15 +143,36 @@ def _sums(group: list[Update], settings: Method, kind: str) -> Callable[[Any], f
     scales = torch.stack([update.spectrum.scaling**2 for update in group])
     if settings.method == "realign":
         return _realigned(group, cast("Realignment", settings), scales)
-    parts = (in_float64.grams_of(in_float64.split(u.B, u.A, u.U, u.V)) for u in group)
-    grams = Grams(*(torch.stack(X, dim=1) for X in zip(*parts, strict=True)))
+    own = [_grams_and_form(update) for update in group]
+    stacks = []
+    for form in sorted({form for _, form in own}):
+        rows = [i for i, (_, its) in enumerate(own) if its == form]
+        parts = zip(*(own[i][0] for i in rows), strict=True)
+        stacks.append((form, scales[rows], Grams(*(torch.stack(X, dim=1) for X in parts))))
 
     def attenuated(correction: Correction) -> float:
-        _, figures = solve_grams(grams, correction)
-        share = figures.relative_change**2 if kind == "change" else figures.after[:, OO]
-        return float((scales * figures.energy * share).sum())
+        found = 0.0
+        for form, scale, grams in stacks:
+            _, figures = solve_grams(grams, replace(correction, form=form))
+            share = figures.relative_change**2 if kind == "change" else figures.after[:, OO]
+            found += float((scale * figures.energy * share).sum())
+        return found
 
     return attenuated
+
+
+def _grams_and_form(update: Update) -> tuple[Grams, Form]:
+    """The Gram matrices of one update, and the form whose figures it has: as `in_float64.solve` has it,
+    that of `exact` where the factors leave room for it in rank r."""
+    parts = in_float64.split(update.B, update.A, update.U, update.V)
+    grams, settings = in_float64.grams_of(parts), cast("Correction", update.settings)
+    if settings.form == "same" and bool(singular(grams)):
+        # Which strength does not count, as long as it neither keeps nor removes anything whole.
+        some = settings.with_strength(1) if update.free else settings
+        exact = replace(some, form="exact")
+        if in_float64.fits_rank(parts, solve_grams(grams, exact)[0]):
+            return grams, "exact"
+    return grams, settings.form
 
 
 def _realigned(

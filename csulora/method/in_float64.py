@@ -74,10 +74,15 @@ def solve(parts: Parts, correction: Correction) -> tuple[Cores, Figures]:
     grams = grams_of(parts)
     if correction.form == "same":
         exact = solve_grams(grams, replace(correction, form="exact"))
-        S = _triplets(*_factors(parts, exact[0]))[1]
-        if bool((S[parts.B_in.shape[1] :] <= NOISE * S[0]).all()):
+        if fits_rank(parts, exact[0]):
             return exact
     return solve_grams(grams, correction)
+
+
+def fits_rank(parts: Parts, exact: Cores) -> bool:
+    """Whether the result of `exact` has no more than rank r, so that `same` loses nothing."""
+    S = _triplets(*_factors(parts, exact))[1]
+    return bool((S[parts.B_in.shape[1] :] <= NOISE * S[0]).all())
 
 
 class Attenuated(NamedTuple):

@@ -94,10 +94,17 @@ def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amp
     computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
     if cores.X_in is not None:
         # The fit divides by its systems; where they are singular it divides rounding errors by noise.
-        smallest = [_smallest_correlation(G.sum(0), used) for G in (G_B, G_A)]
-        singular = torch.minimum(*smallest) < SMALLEST_CORRELATION
-        computing = torch.where(singular & (energy > 0), math.inf, computing)
+        computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
     return Amplification(computing, storing)
+
+
+def singular(grams: Grams, used: Tensor | None = None) -> Tensor:
+    """(...) whether the columns of B or the rows of A are dependent, as far as float32 tells.
+
+    used: (..., r), False for columns that are padding.
+    """
+    smallest = [_smallest_correlation(G.sum(0), used) for G in grams]
+    return torch.minimum(*smallest) < SMALLEST_CORRELATION
 
 
 def realign_with_amplification(

@@ -97,6 +97,17 @@ def test_same_bytes_as_the_local_engine_then_resume(capsys, many, address, subsp
     assert json.loads(again.out)["summary"]["skipped"] == 40
 
 
+def test_strengths_of_modules_and_budgets_go_to_the_workers(capsys, address, subspace, tmp_path):
+    for i in range(3):
+        builders.write_adapter(tmp_path / "in" / f"n{i}", seed=i)
+    common = (tmp_path / "in", "--subspace", subspace, "--budget", "change=0.2")
+    common = (*common, "--strength-for", "self_attn.*=0", "--strength-for", "q_proj=1")
+    for engine in (("local",), ("ray", "--ray-address", address)):
+        call = ("correct", *common, "--out-dir", tmp_path / engine[0], "--engine", *engine)
+        assert builders.run(capsys, *call).code == 0
+    assert builders.tree(tmp_path / "ray") == builders.tree(tmp_path / "local")
+
+
 def test_a_killed_worker_costs_nothing(many, address, tmp_path, monkeypatch):
     source, subspace, expected = many
     killed = []

@@ -101,7 +101,7 @@ def test_resume_knows_patterns_by_their_order_too(
     keeps_journal, call, capsys, adapter, out, monkeypatch
 ):
     monkeypatch.setattr(steps, "SETTLED_NS", 0)
-    one, two = ("--strength-for", "*=5"), ("--strength-for", "q_proj=0")
+    one, two = ("--strength-for", "self_attn.*=5"), ("--strength-for", "q_proj=0")
     assert run(capsys, *call, *one, *two).code == 0
     if not keeps_journal:
         (out / builders.JOURNAL).unlink()
@@ -112,9 +112,9 @@ def test_resume_knows_patterns_by_their_order_too(
         assert builders.outcomes(other) == {adapter.name: ("failed", "changed")}
     loaded = csulora.SafetySubspace.load(call[3])
     target = out / adapter.name
-    same = csulora.Correction(strength_for={"*": 5, "q_proj": 0})
+    same = csulora.Correction(strength_for={"self_attn.*": 5, "q_proj": 0})
     assert csulora.correct_folder(adapter, loaded, target, same).status == "skipped"
-    turned = csulora.Correction(strength_for={"q_proj": 0, "*": 5})
+    turned = csulora.Correction(strength_for={"q_proj": 0, "self_attn.*": 5})
     assert csulora.correct_folder(adapter, loaded, target, turned).status == "corrected"
 
 
