@@ -152,10 +152,15 @@ class Running:
         """Start, wait until evaluations block, send a signal; returns the exit code and stderr."""
         self.block.touch()
         process = self.start()
-        while len(self.calls()) < 5 and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        try:
+            while len(self.calls()) < 5 and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        except BaseException:
+            self.block.unlink()  # whatever waits for it ends
+            process.kill()
+            raise
         return process.returncode, err
 
 
