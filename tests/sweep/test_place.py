@@ -79,6 +79,14 @@ def test_what_is_kept_and_what_is_refused(tmp_path):
         assert place.find("a") == {"x": 1.0} and place.find("b") == {"x": 2.0}
         assert place.find("c") is None and place.find("d") is None
         place.close()
+    with open(out / EVALUATIONS, "ab") as file:
+        file.write(b'{"key": "' + 500 * b"x")  # longer than what comes in its place
+    place = Place(out, None)
+    place.keep("e", {"x": 3.0})
+    place.close()
+    lines = (out / EVALUATIONS).read_text().splitlines()
+    assert json.loads(lines[-1]) == {"key": "e", "metrics": {"x": 3.0}}
+    assert all(line.startswith("{") for line in lines)
     (out / VARIANT.join(("", "old"))).mkdir()
     place = Place(out, None, fresh=True)
     assert place.find("a") is None and os.listdir(out) == [EVALUATIONS]
