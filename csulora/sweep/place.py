@@ -47,10 +47,11 @@ class Place:
                 raise UsageError(f"{out_dir}: another sweep is at work there") from None
         try:
             with writing(out_dir):
-                self._clear()
+                self._kept, self._end = self._read()
                 if fresh:
                     os.ftruncate(self._file, 0)
-                self._kept, self._end = self._read()
+                    self._kept, self._end = {}, 0
+                self._clear()
         except BaseException:
             os.close(self._file)
             raise
@@ -144,8 +145,7 @@ def _check_ours(out_dir: Path) -> None:
         names = set(os.listdir(out_dir))
     if RESULT in names and _format(out_dir / RESULT) != RESULT_FORMAT:
         raise ExistsError(f"{out_dir / RESULT}: was not written by a sweep; remove it yourself")
-    ours = {RESULT, EVALUATIONS} & names or all(name.startswith(VARIANT) for name in names)
-    if names and not ours:
+    if names and not {RESULT, EVALUATIONS} & names:
         raise ExistsError(f"{out_dir}: a folder that holds no sweep; choose another, or remove it")
 
 

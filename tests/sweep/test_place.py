@@ -94,8 +94,11 @@ def test_what_is_kept_and_what_is_refused(tmp_path):
     for text in ('{"format": "other/1"}\n', "no json\n"):
         out.mkdir(exist_ok=True)
         (out / EVALUATIONS).write_text(text)
-        with pytest.raises(CsuloraError, match="not kept by this version"):
-            Place(out, None)
+        (out / f"{VARIANT}mine").mkdir(exist_ok=True)
+        for fresh in (False, True):
+            with pytest.raises(CsuloraError, match="not kept by this version"):
+                Place(out, None, fresh=fresh)
+        assert (out / EVALUATIONS).read_text() == text and (out / f"{VARIANT}mine").is_dir()
 
 
 def test_links(tmp_path):
