@@ -39,6 +39,7 @@ class Place:
         self.path = out_dir
         self._lock = threading.Lock()
         _check_ours(out_dir)
+        self._new = not out_dir.exists()
         with writing(out_dir):
             make_folders(out_dir)
             try:
@@ -87,12 +88,13 @@ class Place:
             write_bytes(temporary, json_bytes(result))
 
     def close(self) -> None:
-        """Give up the lock; a file without evaluations goes with it, and a folder without a file."""
+        """Give up the lock; a file without evaluations goes with it, and a folder that was made in vain."""
         if not self._end:
             with contextlib.suppress(OSError):
                 (self.path / EVALUATIONS).unlink()
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+            if self._new:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
         os.close(self._file)
 
     def _write(self, entry: Mapping[str, Any]) -> None:

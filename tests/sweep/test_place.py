@@ -64,6 +64,9 @@ def test_one_sweep_at_a_time(tmp_path):
     finally:
         place.close()
     assert not (tmp_path / "out").exists()  # nothing was kept
+    (tmp_path / "mine").mkdir()
+    Place(tmp_path / "mine", None).close()
+    assert os.listdir(tmp_path / "mine") == []
 
 
 def test_what_is_kept_and_what_is_refused(tmp_path):
