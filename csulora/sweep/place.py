@@ -88,7 +88,7 @@ class Place:
             write_bytes(temporary, json_bytes(result))
 
     def close(self) -> None:
-        """Give up the lock; a file without evaluations goes with it, and a folder that was made in vain."""
+        """Give up the lock; a file without evaluations goes with it, and a folder made in vain."""
         if not self._end:
             with contextlib.suppress(OSError):
                 (self.path / EVALUATIONS).unlink()
