@@ -138,7 +138,7 @@ def reach(projection: Projection) -> tuple[Tensor, Tensor]:
     empty = (norms <= 0).sum(-1)
     used = torch.arange(values.shape[-1], device=values.device) >= empty[..., None]
     apart = ((values > SMALLEST_CORRELATION) | ~used).all(-1)
-    inverse = torch.where(used & (values > SMALLEST_CORRELATION), 1 / values, 0.0)
+    inverse = torch.where(used, 1 / values, 0.0)
     X = (P * scale[..., None, :]) @ vectors
     return X * inverse[..., None, :] @ X.mT, apart
 

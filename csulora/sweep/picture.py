@@ -15,6 +15,10 @@ ENERGIES, FRONTIER = "energies.png", "frontier.png"
 # Okabe and Ito's palette: told apart with any common colour blindness; markers tell apart without.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = dict(zip(CONTROLS, ("*", "P", "x", "d", "^", "s"), strict=True))
+GREYS: dict[str | None, str] = {
+    "csulora": "#999999",
+    "realign": "black",
+}  # of the controls beside a method
 NAMES = {
     "raw": "raw adapter",
     "no-adapter": "no adapter",
@@ -71,18 +75,17 @@ def draw_frontier(result: Mapping[str, Any], goal: Goal, path: Path) -> None:
     for i, (name, points) in enumerate(_curves(result, x, y).items()):
         style = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i % 5], "label": name}
         axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.4, alpha=0.85, **style)
-    for kind in CONTROLS:
-        own = [row for row in result["rows"] if row["kind"] == kind]
-        marks = [(m[x], m[y]) for m in (row["metrics"] or {} for row in own) if x in m and y in m]
-        if marks:
-            axes.plot(
-                *zip(*marks, strict=True),
-                marker=MARKERS[kind],
-                markersize=9,
-                linestyle="none",
-                color="black",
-                label=NAMES[kind],
-            )
+    for i, ((kind, method), marks) in enumerate(_marks(result, x, y).items()):
+        beside = f", beside {method}" * (method is not None)
+        axes.plot(
+            *zip(*marks, strict=True),
+            marker=MARKERS[kind],
+            markersize=9,
+            linestyle="none",
+            color=GREYS.get(method, "black"),
+            label=f"{NAMES[kind]}{beside}",
+            zorder=3 + i / 100,
+        )
     if not axes.lines:
         raise CsuloraError(f"{path}: no picture, as no row has both {x} and {y}")
     axes.axvline(goal.limit.value, color="#888888", linestyle=":", linewidth=1.2)
@@ -92,6 +95,19 @@ def draw_frontier(result: Mapping[str, Any], goal: Goal, path: Path) -> None:
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def _marks(
+    result: Mapping[str, Any], x: str, y: str
+) -> dict[tuple[str, str | None], list[tuple[float, float]]]:
+    """Points of each control, by the method that it stands beside."""
+    marks: dict[tuple[str, str | None], list[tuple[float, float]]] = {}
+    for row in result["rows"]:
+        metrics = row["metrics"] or {}
+        if row["kind"] in CONTROLS and x in metrics and y in metrics:
+            method = row.get("compared_with", {}).get("method")
+            marks.setdefault((row["kind"], method), []).append((metrics[x], metrics[y]))
+    return marks
 
 
 def _curves(result: Mapping[str, Any], x: str, y: str) -> dict[str, list[tuple[float, float]]]:

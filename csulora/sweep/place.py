@@ -39,6 +39,7 @@ class Place:
         self.path = out_dir
         self._lock = threading.Lock()
         _check_ours(out_dir)
+        self._new = not out_dir.exists()
         with writing(out_dir):
             make_folders(out_dir)
             try:
@@ -47,10 +48,11 @@ class Place:
                 raise UsageError(f"{out_dir}: another sweep is at work there") from None
         try:
             with writing(out_dir):
-                self._clear()
+                self._kept, self._end = self._read()
                 if fresh:
                     os.ftruncate(self._file, 0)
-                self._kept, self._end = self._read()
+                    self._kept, self._end = {}, 0
+                self._clear()
         except BaseException:
             os.close(self._file)
             raise
@@ -86,12 +88,13 @@ class Place:
             write_bytes(temporary, json_bytes(result))
 
     def close(self) -> None:
-        """Give up the lock; a file without evaluations goes with it, and a folder without a file."""
+        """Give up the lock; a file without evaluations goes with it, and a folder made in vain."""
         if not self._end:
             with contextlib.suppress(OSError):
                 (self.path / EVALUATIONS).unlink()
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+            if self._new:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
         os.close(self._file)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -144,8 +147,7 @@ def _check_ours(out_dir: Path) -> None:
         names = set(os.listdir(out_dir))
     if RESULT in names and _format(out_dir / RESULT) != RESULT_FORMAT:
         raise ExistsError(f"{out_dir / RESULT}: was not written by a sweep; remove it yourself")
-    ours = {RESULT, EVALUATIONS} & names or all(name.startswith(VARIANT) for name in names)
-    if names and not ours:
+    if names and not {RESULT, EVALUATIONS} & names:
         raise ExistsError(f"{out_dir}: a folder that holds no sweep; choose another, or remove it")
 
 

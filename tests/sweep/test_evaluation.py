@@ -107,6 +107,7 @@ def test_every_row_shows_the_change_that_was_measured_and_every_control_is_there
             baselines.relative_change(loaded, baselines.add_back(loaded, space, added["gamma"]))
         )
         assert random["settings"] == row["settings"]
+        assert random["relative_change"] != pytest.approx(row["relative_change"], rel=1e-3)
         assert pruned["modules"] == 1  # of two; the nearest there is
 
 
@@ -261,12 +262,25 @@ def test_an_adapter_that_changes_nothing_and_one_that_is_fine_already(sweep, com
 
 
 def test_what_is_asked_can_be_any_metric(sweep, command, out):
-    found = sweep(*QUICK, "--eval", command(), "--limit", "change>=0.2", "--maximize", "utility")
+    options = ("--limit", "change>=0.2", "--maximize", "utility", "--json")
+    found = sweep(*QUICK, "--eval", command(), *options)
     assert found.code == 0
     result = result_of(out)
+    assert json.loads(found.out) == result
     assert result["limit"] == "change>=0.2"
     (row,) = rows(result, "setting")
     assert 0.2 <= row["metrics"]["change"] < 0.3
+
+
+def test_without_matplotlib_everything_else_is_there(sweep, command, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for options, picture in (((), "energies.png"), (("--eval", command()), "frontier.png")):
+        found = sweep(*QUICK[:-2], *options)
+        assert found.code == 0
+        (warning,) = found.warnings
+        assert "no picture: plots need matplotlib" in warning
+        assert result_of(out)["rows"] and picture not in found.out
+        assert not (out / picture).exists()
 
 
 def test_given_strengths_are_the_first_ones(sweep, command, out):

@@ -64,6 +64,9 @@ def test_one_sweep_at_a_time(tmp_path):
     finally:
         place.close()
     assert not (tmp_path / "out").exists()  # nothing was kept
+    (tmp_path / "mine").mkdir()
+    Place(tmp_path / "mine", None).close()
+    assert os.listdir(tmp_path / "mine") == []
 
 
 def test_what_is_kept_and_what_is_refused(tmp_path):
@@ -79,6 +82,14 @@ def test_what_is_kept_and_what_is_refused(tmp_path):
         assert place.find("a") == {"x": 1.0} and place.find("b") == {"x": 2.0}
         assert place.find("c") is None and place.find("d") is None
         place.close()
+    with open(out / EVALUATIONS, "ab") as file:
+        file.write(b'{"key": "' + 500 * b"x")  # longer than what comes in its place
+    place = Place(out, None)
+    place.keep("e", {"x": 3.0})
+    place.close()
+    lines = (out / EVALUATIONS).read_text().splitlines()
+    assert json.loads(lines[-1]) == {"key": "e", "metrics": {"x": 3.0}}
+    assert all(line.startswith("{") for line in lines)
     (out / VARIANT.join(("", "old"))).mkdir()
     place = Place(out, None, fresh=True)
     assert place.find("a") is None and os.listdir(out) == [EVALUATIONS]
@@ -86,8 +97,11 @@ def test_what_is_kept_and_what_is_refused(tmp_path):
     for text in ('{"format": "other/1"}\n', "no json\n"):
         out.mkdir(exist_ok=True)
         (out / EVALUATIONS).write_text(text)
-        with pytest.raises(CsuloraError, match="not kept by this version"):
-            Place(out, None)
+        (out / f"{VARIANT}mine").mkdir(exist_ok=True)
+        for fresh in (False, True):
+            with pytest.raises(CsuloraError, match="not kept by this version"):
+                Place(out, None, fresh=fresh)
+        assert (out / EVALUATIONS).read_text() == text and (out / f"{VARIANT}mine").is_dir()
 
 
 def test_links(tmp_path):
@@ -152,10 +166,15 @@ class Running:
         """Start, wait until evaluations block, send a signal; returns the exit code and stderr."""
         self.block.touch()
         process = self.start()
-        while len(self.calls()) < 5 and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        try:
+            while len(self.calls()) < 5 and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        except BaseException:
+            self.block.unlink()  # whatever waits for it ends
+            process.kill()
+            raise
         return process.returncode, err
 
 
