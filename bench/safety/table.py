@@ -82,7 +82,7 @@ def world_table(
         "counts": bench.evaluator.counts,
         "ends": ends,
         "frontier": _frontier(bench, searches),
-        "rules": _rules(bench, paths),
+        "rules": _rules(bench, paths, size),
         "predictors": predictors(bench.problem, bench.evaluator),
         "limit": LIMIT,
         "seconds": {**trained.seconds, "table": time.perf_counter() - start},
@@ -131,10 +131,14 @@ def _frontier(bench: Bench, searches: list[Search]) -> dict[str, Any]:
     return found
 
 
-def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
-    """Each fixed rule, and on test prompts the raw adapter scaled to its change and to its norm."""
+def _rules(bench: Bench, paths: list[Family], size: Size) -> list[dict[str, Any]]:
+    """Each fixed rule, and on test prompts the raw adapter scaled to its change and to its norm.
+
+    Without frontiers only the rules that are to be reported.
+    """
     by_name = {family.name: family for family in paths}
     rules = json.loads(RULES.read_text())["rules"]
+    rules = [rule for rule in rules if size.frontier or rule.get("reported")]
     strengths = [
         rule["strength"]
         if "strength" in rule
