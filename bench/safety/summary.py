@@ -132,8 +132,8 @@ def frontier(results: Results, metric: str) -> str:
 
 
 def rule_name(rule: dict[str, Any]) -> str:
-    setting = "strength" if "strength" in rule else "change"
-    return f"{rule['family']}, {setting} {rule[setting]:g}"
+    setting = next(key for key in ("strength", "per_ratio", "change") if key in rule)
+    return f"{rule['family']}, {setting.replace('_', ' ')} {rule[setting]:g}"
 
 
 def rule_rows(result: dict[str, Any], column: str = "test") -> dict[str, list[float]]:
