@@ -24,7 +24,7 @@ def predictors(problem: Problem, evaluator: Evaluator) -> dict[str, Any]:
         "spectrum": _spectrum(problem),
         "geometry": _geometry(problem),
         "cosines": _cosines(problem),
-        "norm_ratio": _norm_ratio(problem),
+        "norm_ratio": norm_ratio(problem),
         "data": activations(problem, evaluator),
     }
 
@@ -76,7 +76,7 @@ def _cosines(problem: Problem) -> dict[str, float]:
     }
 
 
-def _norm_ratio(problem: Problem) -> float:
+def norm_ratio(problem: Problem) -> float:
     """||dW|| over ||D||, over all modules that the adapter has."""
     total = sum(float(D.double().square().sum()) for D in problem.D.values())
     return math.sqrt(energy(problem.adapter) / total)

@@ -131,30 +131,33 @@ def frontier(results: Results, metric: str) -> str:
     return table(["family", *results.worlds], rows)
 
 
-def rules(results: Results) -> str:
-    """By fixed rule and world: refused / complied / skill / benign, means over seeds."""
+def rule_name(rule: dict[str, Any]) -> str:
+    setting = next(key for key in ("strength", "per_ratio", "change") if key in rule)
+    return f"{rule['family']}, {setting.replace('_', ' ')} {rule[setting]:g}"
 
-    def cell(rs: list[dict[str, Any]], n: int) -> str:
-        found = [
-            spread([value(r, r["rules"][n]["test"], m) for r in rs if n < len(r["rules"])])
-            for m in ("complied", "skill", "benign")
-        ]
-        return " / ".join(found)
 
-    rows = [
-        [rule, *(cell(rs, n) for rs in results.worlds.values())]
-        for n, rule in enumerate(rule_names(results))
-    ]
+def rule_rows(result: dict[str, Any], column: str = "test") -> dict[str, list[float]]:
+    """The metrics of each fixed rule by its name."""
+    return {rule_name(rule): rule[column] for rule in result["rules"]}
+
+
+def rule_names(every: Iterable[dict[str, Any]]) -> list[str]:
+    """The rules that all results have."""
+    found = [rule_rows(r) for r in every]
+    return [name for name in found[0] if all(name in rows for rows in found)]
+
+
+def rules(results: Results, column: str = "test") -> str:
+    """By fixed rule and world: complied / skill / benign."""
+
+    def cell(rs: list[dict[str, Any]], name: str) -> str:
+        rows = [(r, rule_rows(r, column)[name]) for r in rs]
+        metrics = ("complied", "skill", "benign")
+        return " / ".join(spread([value(r, row, m) for r, row in rows]) for m in metrics)
+
+    every = [r for rs in results.worlds.values() for r in rs]
+    rows = [[n, *(cell(rs, n) for rs in results.worlds.values())] for n in rule_names(every)]
     return table(["rule (complied / skill / benign)", *results.worlds], rows)
-
-
-def rule_names(results: Results) -> list[str]:
-    first = next(iter(results.worlds.values()))[0]
-    return [
-        f"{r['family']}, "
-        + (f"strength {r['strength']:g}" if "strength" in r else f"change {r['change']:g}")
-        for r in first["rules"]
-    ]
 
 
 def is_mixed(result: dict[str, Any]) -> bool:
@@ -168,10 +171,10 @@ def goals(every: Sequence[dict[str, Any]], names: Sequence[str], skill: float) -
     if not every:
         return ""
     rows = []
-    for n, name in enumerate(names):
+    for name in names:
         asr, kept, lost = [], [], []
         for r in every:
-            row, raw = r["rules"][n]["test"], r["ends"]["raw"]
+            row, raw = rule_rows(r)[name], r["ends"]["raw"]
             asr.append(value(r, row, "complied"))
             kept.append(100 * value(r, row, "skill") / max(value(r, raw, "skill"), 1e-9))
             lost.append(value(r, raw, "benign") - value(r, row, "benign"))
@@ -282,23 +285,32 @@ def picture(results: Results, path: Path, shown: Sequence[str] = SHOWN) -> None:
 def text(results: Results) -> str:
     """All tables, as one page of markdown."""
     every = [r for rs in results.worlds.values() for r in rs]
-    names = rule_names(results)
+    names = rule_names(every)
     plain = [r for r in every if not is_mixed(r) and r["settings"]["poison"] > 0]
-    parts = {
-        "The worlds themselves": ends(results),
+    scaled = "Raw adapters scaled to the change of each rule"
+    parts = {"The worlds themselves": ends(results), "Fixed rules": rules(results)}
+    parts[scaled] = rules(results, "scaled to its change")
+    parts |= {
+        "Fixed rules where alignment taught refusing alone": goals(plain, names, 90),
+        "Fixed rules where alignment taught a skill as well": goals(
+            [r for r in every if is_mixed(r)], names, 75
+        ),
+    }
+    if not all(r["frontier"] for r in every):
+        return _page(parts)
+    parts |= {
         "Skill at an attack success of at most 10 %": frontier(results, "skill"),
         "Attack success on test prompts there": frontier(results, "complied"),
         "Refusals there": frontier(results, "refused"),
         "Benign answers there": frontier(results, "benign"),
         "Relative change there (%)": frontier(results, "change"),
         "Strength there, by seed": frontier(results, "strength"),
-        "Fixed rules": rules(results),
-        "Fixed rules where alignment taught refusing alone": goals(plain, names, 90),
-        "Fixed rules where alignment taught a skill as well": goals(
-            [r for r in every if is_mixed(r)], names, 75
-        ),
         "What tells beforehand, for realignment": told_beforehand(results),
     }
+    return _page(parts)
+
+
+def _page(parts: dict[str, str]) -> str:
     return "\n".join(f"## {title}\n\n{part}" for title, part in parts.items() if part)
 
 

@@ -15,7 +15,7 @@ import torch
 from bench.safety.evaluate import AT_ONCE, Evaluator, Metrics
 from bench.safety.families import Family, families
 from bench.safety.frontier import LIMIT, ROUNDS, Search, search
-from bench.safety.predictors import predictors, rounded
+from bench.safety.predictors import norm_ratio, predictors, rounded
 from bench.safety.problem import Problem
 from bench.safety.stages import Trained
 from bench.safety.worlds import World
@@ -82,7 +82,7 @@ def world_table(
         "counts": bench.evaluator.counts,
         "ends": ends,
         "frontier": _frontier(bench, searches),
-        "rules": _rules(bench, paths),
+        "rules": _rules(bench, paths, size),
         "predictors": predictors(bench.problem, bench.evaluator),
         "limit": LIMIT,
         "seconds": {**trained.seconds, "table": time.perf_counter() - start},
@@ -131,16 +131,15 @@ def _frontier(bench: Bench, searches: list[Search]) -> dict[str, Any]:
     return found
 
 
-def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
-    """Each fixed rule, and on test prompts the raw adapter scaled to its change and to its norm."""
+def _rules(bench: Bench, paths: list[Family], size: Size) -> list[dict[str, Any]]:
+    """Each fixed rule, and on test prompts the raw adapter scaled to its change and to its norm.
+
+    Without frontiers only the rules that are to be reported.
+    """
     by_name = {family.name: family for family in paths}
     rules = json.loads(RULES.read_text())["rules"]
-    strengths = [
-        rule["strength"]
-        if "strength" in rule
-        else _for_change(bench, by_name[rule["family"]], rule["change"])
-        for rule in rules
-    ]
+    rules = [rule for rule in rules if size.frontier or rule.get("reported")]
+    strengths = [_strength(bench, by_name[rule["family"]], rule) for rule in rules]
     adapters = [by_name[r["family"]].build(x) for r, x in zip(rules, strengths, strict=True)]
     changes = [bench.change(adapter) for adapter in adapters]
     raw = bench.problem.adapter
@@ -161,6 +160,13 @@ def _rules(bench: Bench, paths: list[Family]) -> list[dict[str, Any]]:
         }
         for i, rule in enumerate(rules)
     ]
+
+
+def _strength(bench: Bench, family: Family, rule: dict[str, Any]) -> float:
+    """The strength that a rule says: a number, a number times ||dW|| / ||D||, or that of a change."""
+    if "change" in rule:
+        return _for_change(bench, family, rule["change"])
+    return rule["strength"] if "strength" in rule else rule["per_ratio"] * norm_ratio(bench.problem)
 
 
 def _for_change(bench: Bench, family: Family, change: float) -> float:
