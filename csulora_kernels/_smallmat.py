@@ -112,6 +112,21 @@ def copy(p_s, c, a, R: tl.constexpr, T: tl.constexpr):
     tl.debug_barrier()
 
 
+@triton.jit(noinline=True)
+def extrapolate(p_s, c, a, b, factor, R: tl.constexpr, T: tl.constexpr):
+    """c = b + factor (b - a), then a = b."""
+    p_c = p_s + c * (R * R)
+    p_a = p_s + a * (R * R)
+    p_b = p_s + b * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            b_b = tl.load(p_b + tile(i, j, R, T))
+            b_a = tl.load(p_a + tile(i, j, R, T))
+            tl.store(p_c + tile(i, j, R, T), b_b + factor * (b_b - b_a))
+            tl.store(p_a + tile(i, j, R, T), b_b)
+    tl.debug_barrier()
+
+
 @triton.jit
 def _sweep_tile(b_s, smallest, T: tl.constexpr, PIVOTED: tl.constexpr):
     """-(s^-1) for a symmetric positive semidefinite tile, and its smallest pivot: the sweep operator.

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from csulora_kernels._smallmat import (
     copy,
+    extrapolate,
     gram_of_coordinates,
     inner,
     multiply,
@@ -36,7 +37,7 @@ NOISE_DOUBLE = tl.constexpr(2.0**-44)
 LARGEST = tl.constexpr(3.0e38)
 # The alternating fit of `same`, as the reference has it, but each module stops for itself.
 FIT_STALL = tl.constexpr(1e-4)
-FIT_MAX_STEPS = tl.constexpr(50)
+FIT_MAX_STEPS = tl.constexpr(16)
 # Pivots below this share of the largest are the null space of rank-deficient factors.
 SINGULAR = tl.constexpr(1e-11)
 
@@ -215,7 +216,7 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     t = WORK
     S = WORK + 1
     rhs = WORK + 2
-    copy(p_s, K_A, IDENTITY, R, T)
+    found = WORK + 3
     multiply(p_s, CtG, C, Bp, 0, 1.0, 0.0, R, T, TRANS_A=True)
     multiply(p_s, CtGC, CtG, C, 0, 1.0, 0.0, R, T)
     multiply(p_s, CtGK, CtG, K_pq, 0, 1.0, 0.0, R, T)
@@ -229,13 +230,17 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     multiply(p_s, rhs, K_pq, t, S, 1.0, 0.0, R, T, TRANS_A=True, BASE=True)
     constant = inner(p_s, rhs, 0, Aq, 0, R, T, False)
 
+    start = FIT + 1  # CtG has served
+    copy(p_s, K_A, IDENTITY, R, T)
+    copy(p_s, start, IDENTITY, R, T)
     step = 0
+    falls = constant * 0.0  # steps in sequence that lowered the error
     improving = 1
     previous = constant * 0.0 + float("inf")
     while (step < FIT_MAX_STEPS) & (improving > 0):
         # K_B (G_Ap + K_A G_Aq K_A^T) = K_qp G_Ap + K_qq G_Aq K_A^T
-        multiply(p_s, t, K_A, Aq, 0, 1.0, 0.0, R, T)
-        multiply(p_s, S, t, K_A, Ap, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
+        multiply(p_s, t, start, Aq, 0, 1.0, 0.0, R, T)
+        multiply(p_s, S, t, start, Ap, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
         multiply(p_s, rhs, K_qq, t, KG, 1.0, 0.0, R, T, TRANS_B=True, BASE=True)
         negative_inverse(p_s, S, SINGULAR, R, T)
         multiply(p_s, K_B, rhs, S, 0, -1.0, 0.0, R, T)
@@ -244,15 +249,20 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         multiply(p_s, S, t, K_B, CtGC, 1.0, 0.0, R, T, BASE=True)
         multiply(p_s, rhs, t, K_qq, CtGK, 1.0, 0.0, R, T, BASE=True)
         negative_inverse(p_s, S, SINGULAR, R, T)
-        multiply(p_s, K_A, S, rhs, 0, -1.0, 0.0, R, T)
+        multiply(p_s, found, S, rhs, 0, -1.0, 0.0, R, T)
         # Squared error: of qp, <G_Bq D, D G_Ap> with D = K_B - K_qp; of pq and qq at their minimum
         # in K_A, the constant less <rhs G_Aq, K_A>.
         multiply(p_s, S, rhs, Aq, 0, 1.0, 0.0, R, T)
         multiply(p_s, rhs, Ap, K_B, 0, 1.0, 0.0, R, T, TRANS_B=True)
-        error = constant - inner(p_s, S, 0, K_A, 0, R, T, False)
+        error = constant - inner(p_s, S, 0, found, 0, R, T, False)
         error += inner(p_s, t, KtG, rhs, GKt, R, T, True)
         error = tl.maximum(error, 0.0)
-        improving = tl.where(previous - error > error * FIT_STALL, 1, 0)  # NaN stops too
+        rises = error > previous
+        improving = tl.where(rises | (previous - error > error * FIT_STALL), 1, 0)  # NaN stops too
+        # The next step starts beyond the last one, the farther the longer the error has fallen.
+        falls = tl.where(rises, 0.0, falls + 1.0)
+        beyond = tl.maximum((falls - 1.0) / (falls + 1.0), 0.0)
+        extrapolate(p_s, start, K_A, found, beyond, R, T)
         previous = error
         step += 1
     copy(p_s, RESULT + 3 * p, C, R, T)

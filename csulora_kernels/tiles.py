@@ -123,7 +123,7 @@ def choose(
         solve_registers=registers,
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor)),
         recompose=recompose,
-        recompose_rows=max(64, R),
+        recompose_rows=max(R, 32 if dtype == torch.float32 and capability < 90 else 64),
         recompose_length=recompose_length,
     )
 
@@ -143,5 +143,10 @@ def launches(
         # No tile of this one is free of spills: the Gram matrix alone fills the registers.
         project = Launch(block_d=16, block_k=64, warps=8, stages=1)
     # Of several adapters the coefficients take the shared memory that a third stage would.
-    recompose = Launch(64, 64, warps=8 if R == 128 else 4, stages=2 if group > 1 else 3)
+    recompose = Launch(
+        block_d=64 if capability >= 90 else 32,
+        block_k=32 if wide and capability < 90 else 64,
+        warps=8 if R == 128 else 4,
+        stages=2 if group > 1 else 3,
+    )
     return project, recompose
