@@ -148,5 +148,6 @@ def launches(
         block_k=32 if wide and capability < 90 else 64,
         warps=8 if R == 128 else 4,
         stages=2 if group > 1 else 3,
+        registers=255 if capability < 90 else None,  # left alone the compiler takes 128 and spills
     )
     return project, recompose

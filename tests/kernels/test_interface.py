@@ -69,6 +69,7 @@ def test_every_choice_of_tiles_fits_together_and_warp_groups_have_their_rows():
     for arch, r, dtype, k, n in product((80, 90, 100), (8, 32, 64, 128), types, (7, 256), (1, 64)):
         tiles = kernels.choose((Shape(4096, 1024, k),), n, r, dtype, arch, 132)
         assert fault(tiles, arch) is None, (arch, r, dtype, k, n)
+    tiles = kernels.choose((Shape(4096, 1024, 64),), 64, 16, torch.bfloat16, 90, 132)
     few = replace(tiles, recompose=replace(tiles.recompose, warps=8))
     assert "8 warps" in fault(few, 90) and fault(few, 80) is None
 
