@@ -13,7 +13,8 @@ import torch
 # The bench is no part of the package; it is run from the root of the tree.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.safety import run, summary, worlds
+from bench.safety import comparisons, run, summary, worlds
+from bench.safety import results as results_of
 from bench.safety.evaluate import Evaluator, Metrics
 from bench.safety.families import COARSE, Family
 from bench.safety.frontier import search
@@ -199,7 +200,7 @@ def test_the_summary_shows_its_worlds(results, tmp_path, capsys):
 
 
 def test_intervals_and_correlations():
-    low, high = summary.wilson(0.0, 200)
+    low, high = results_of.wilson(0.0, 200)
     assert low == pytest.approx(0, abs=1e-12) and 0.018 < high < 0.020
-    assert summary.spread([1.0, 3.0]) == "2 [1, 3]"
-    assert summary.rank_correlation([1, 2, 3], [10, 20, 20]) == pytest.approx(0.866, abs=1e-3)
+    assert results_of.spread([1.0, 3.0]) == "2 [1, 3]"
+    assert comparisons.rank_correlation([1, 2, 3], [10, 20, 20]) == pytest.approx(0.866, abs=1e-3)
