@@ -10,14 +10,11 @@ from bench.safety.results import Results, value
 
 SHOWN = (
     "scaled",
-    "csulora direction exact k16",
     "csulora direction exact k64",
-    "safe lora",
     "resta",
-    "mlp scaled",
     "realign same k64",
-    "realign exact k64",
-    "realign exact k64, q, k left alone",
+    "realign same k64, q, k left alone",
+    "trial ratio same",
 )
 
 
@@ -28,7 +25,7 @@ def picture(results: Results, path: Path, shown: Sequence[str] = SHOWN) -> None:
     columns = 4
     lines = math.ceil(len(results.worlds) / columns)
     figure = Figure(figsize=(4 * columns, 3.4 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
+    panels = iter(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
     for (name, rs), axes in zip(results.worlds.items(), panels, strict=False):
         for n, family in enumerate(shown):
             for r in rs:
@@ -40,10 +37,13 @@ def picture(results: Results, path: Path, shown: Sequence[str] = SHOWN) -> None:
                 axes.plot(x, y, ".-", color=f"C{n}", linewidth=0.8, alpha=0.7, label=label)
         axes.axvline(10, color="#999999", linewidth=0.6)
         axes.set_title(name)
+        axes.tick_params(labelbottom=True)
+    for axes in panels:
+        axes.set_axis_off()
     first = figure.axes[0]
     first.set(xlim=(-4, 104), ylim=(-4, 104))
     figure.supxlabel("Attack success, validation prompts (%): lower is safer")
     figure.supylabel("Skill kept (%)")
     handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=75)
