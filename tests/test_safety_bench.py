@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 # The bench is no part of the package; it is run from the root of the tree.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.safety import run, summary, worlds
+from bench.safety import comparisons, run, summary, worlds
+from bench.safety import results as results_of
 from bench.safety.evaluate import Evaluator, Metrics
 from bench.safety.families import COARSE, Family
 from bench.safety.frontier import search
 from bench.safety.model import initial, logits, shapes
 from bench.safety.stages import Trainer, load_trained
 from bench.safety.table import RULES, Bench
+from bench.safety.train import answer_log_p, answer_loss, preference_loss
 
 CPU = torch.device("cpu")
 
@@ -94,7 +97,7 @@ def test_the_model_is_transformers_llama():
 
 def test_a_stack_trains_each_model_as_alone(tmp_path):
     """Data order, clipping and optimizer of one member do not depend on the others."""
-    world = worlds.WORLDS["dpo"]
+    world = worlds.WORLDS["mixed"]
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder in (together, alone):
         folder.mkdir()
@@ -108,6 +111,21 @@ def test_a_stack_trains_each_model_as_alone(tmp_path):
     assert not torch.equal(
         first.base["lm_head.weight"], initial(128, len(worlds.vocabulary()), [5])["lm_head.weight"]
     )
+
+
+def test_preference_starts_at_even_odds():
+    """Where the model is its own reference, DPO is log 2; the term of the chosen answers comes on top."""
+    data, rows = worlds.pools()
+    weights = initial(128, len(worlds.vocabulary()), [0])
+    chosen = torch.tensor([[rows["refused"].start, rows["refused"].start + 7]])
+    rejected = torch.tensor([[rows["harmful"].start, rows["harmful"].start + 7]])
+    margin = answer_log_p(data, weights, chosen) - answer_log_p(data, weights, rejected)
+    loss = preference_loss(data, weights, chosen, rejected, margin, beta=0.1, likelihood=0.2)
+    expected = math.log(2) + 0.2 * answer_loss(data, weights, chosen)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert [e.prompt for e in worlds.splits()["refused"].train] == [
+        e.prompt for e in worlds.splits()["harmful"].train
+    ]
 
 
 def test_modules_that_a_world_has_no_adapter_for_stay_out(results):
@@ -199,7 +217,7 @@ def test_the_summary_shows_its_worlds(results, tmp_path, capsys):
 
 
 def test_intervals_and_correlations():
-    low, high = summary.wilson(0.0, 200)
+    low, high = results_of.wilson(0.0, 200)
     assert low == pytest.approx(0, abs=1e-12) and 0.018 < high < 0.020
-    assert summary.spread([1.0, 3.0]) == "2 [1, 3]"
-    assert summary.rank_correlation([1, 2, 3], [10, 20, 20]) == pytest.approx(0.866, abs=1e-3)
+    assert results_of.spread([1.0, 3.0]) == "2 [1, 3]"
+    assert comparisons.rank_correlation([1, 2, 3], [10, 20, 20]) == pytest.approx(0.866, abs=1e-3)
