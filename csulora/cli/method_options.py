@@ -85,6 +85,7 @@ def add_method(parser: Any) -> None:
     )
     group.add_argument(
         "--budget",
+        action="append",
         metavar="KIND=X",
         help="find the strength for each adapter: change=X, at most this relative change of the adapter; "
         "off=X (csulora), at most this share of its energy left in the off block",
@@ -146,8 +147,10 @@ def _budget(arguments: argparse.Namespace) -> dict[str, float] | None:
         if getattr(arguments, name) is not None:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} cannot be given with --budget, which finds the strength")
-    kind, _, value = arguments.budget.partition("=")
-    return {kind: _number("--budget", arguments.budget, value)}
+    if len(arguments.budget) > 1:
+        raise UsageError("--budget can be given once: one strength keeps to one limit")
+    kind, _, value = arguments.budget[0].partition("=")
+    return {kind: _number("--budget", arguments.budget[0], value)}
 
 
 def _number(option: str, text: str, value: str) -> float:

@@ -246,7 +246,12 @@ def _print_evaluation(
         lines.append(f"No setting is within {wish.goal.limit}.")
     else:
         assert found.best is not None
-        lines += [f"Best: {found.best.title}. To apply it:", "", f"    {best['command']}", ""]
+        lines += [
+            f"Best setting: {found.best.title}. To apply it:",
+            "",
+            f"    {best['command']}",
+            "",
+        ]
     for line in lines:
         console.print(line, soft_wrap=True)
 

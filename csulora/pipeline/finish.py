@@ -187,10 +187,14 @@ def _report(plan: Plan, solved: Solved) -> Report:
     modules = module_reports([m.name for m in plan.members], solved.figures, scalings, ranks)
     total = totals(modules)
     warnings = []
-    if (
-        plan.correction.method == "csulora"
-    ):  # realignment's own form of rank r is not that of another
+    if plan.correction.method == "csulora":
+        # Realignment's own form of rank r is not that of another.
         warnings += rank_warnings(total, modules)
+    elif total.relative_change > 1:
+        warnings.append(
+            f"the result differs from the adapter by {total.relative_change:.3g} times its norm: what "
+            "alignment did is large beside the adapter"
+        )
     if not modules:
         warnings.append("no module could be corrected: every tensor was passed through")
     empty = [name for name, module in modules.items() if module.subspace_rank == 0]

@@ -102,12 +102,15 @@ class Plan(NamedTuple):
         stated = f"the budget {kind}={limit:g}"
         if found.reached > limit:
             raise CsuloraError(
-                f"{stated} cannot be kept to: at strength {found.strength:g} it is {found.reached:.4g}, "
-                "by strengths of single modules or lambda_aligned"
+                f"{stated} cannot be kept to: strengths of single modules"
+                f"{' or lambda_aligned' * isinstance(self.correction, Correction)} alone make it "
+                f"{found.reached:.4g} at strength {found.strength:g}"
             )
         notes = []
         if math.isinf(found.strength) and kind == "change":
             notes.append(f"{stated} is beyond reach: at strength inf it is {found.reached:.4g}")
+        if found.strength == 0 and kind == "change":
+            notes.append(f"{stated} is kept to by strength 0 alone: the adapter is left as it is")
         if found.strength == 0 and kind == "off":
             notes.append(f"{stated} is kept to by strength 0: it is {found.reached:.4g} before")
         members = tuple(

@@ -132,7 +132,10 @@ class Evaluation:
         picked = [one for one in map(self._pick, self._search(moving, raw)) if one is not None]
         within = [one for one in picked if one.within]
         if within:
-            found.best = max(within, key=lambda one: one.worth).variant
+            best = max(within, key=lambda one: one.worth)
+            found.best = best.variant
+            if raw is not None and wish.goal.rank(raw, 0.0) >= best.worth:
+                found.notes.append("no setting does better than the raw adapter")
         self._tell(first, picked)
         found.failures.sort(key=lambda failure: tuple(failure.values()))
         return found

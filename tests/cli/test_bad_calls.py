@@ -50,6 +50,7 @@ BAD_CALLS = {
     "budget-of-nothing": (["--budget", "=0.3"], ["budget of csulora", "''"]),
     "budget-unknown": (["--budget", "energy=0.3"], ["change or off", "'energy'"]),
     "budget-a-word": (["--budget", "change=much"], ["--budget change=much", "'much'"]),
+    "budget-twice": (["--budget", "change=1", "--budget", "off=1"], ["--budget", "once"]),
     "budget-0": (["--budget", "change=0"], ["budget change", "above 0"]),
     "budget-negative": (["--budget", "off=-1"], ["budget off", "-1"]),
     "budget-infinite": (["--budget", "change=inf"], ["budget change", "finite"]),
