@@ -129,7 +129,7 @@ def predictors() -> dict[str, Reader]:
     }
 
 
-def told_beforehand(results: Results, family: str = "realign same k64") -> str:
+def told_beforehand(results: Results, family: str) -> str:
     """Predictors beside the skill that a family keeps at the limit, and rank correlations with it."""
     columns = predictors()
     every = [r for rs in results.worlds.values() for r in rs]
