@@ -79,7 +79,7 @@ def transfer(every: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [
                 family,
-                str(len(best)),
+                f"{sum(b is None for _, b in found)} of {len(every)}",
                 f"{math.exp(fmean(strengths)):.2g}",
                 f"x {math.exp(stdev(strengths)):.1f}",
                 f"{math.exp(fmean(changes)):.2f}",
@@ -87,7 +87,8 @@ def transfer(every: Sequence[dict[str, Any]]) -> str:
                 f"{rank_correlation(ratios, strengths):+.2f}",
             ]
         )
-    head = ["family", "runs", "strength", "spread", "change", "spread", "strength with norm ratio"]
+    head = ["family", "never within the limit", "strength", "spread", "change", "spread"]
+    head.append("strength with norm ratio")
     return table(head, rows)
 
 
@@ -128,7 +129,7 @@ def predictors() -> dict[str, Reader]:
     }
 
 
-def told_beforehand(results: Results, family: str = "realign same k64") -> str:
+def told_beforehand(results: Results, family: str) -> str:
     """Predictors beside the skill that a family keeps at the limit, and rank correlations with it."""
     columns = predictors()
     every = [r for rs in results.worlds.values() for r in rs]

@@ -177,7 +177,10 @@ def text(results: Results) -> str:
         "Strength there, by seed": frontier(results, "strength"),
         "One choice against another, at the limit": paired(poisoned),
         "What transfers": transfer(poisoned),
-        "What tells beforehand, for realignment": told_beforehand(results),
+        "What tells beforehand, for realignment": told_beforehand(results, "realign same k64"),
+        "What tells beforehand, with q and k left alone": told_beforehand(
+            results, "realign same k64, q, k left alone"
+        ),
     }
     return _page(parts)
 

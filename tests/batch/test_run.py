@@ -226,4 +226,9 @@ def test_an_error_that_ends_a_run_leaves_nobody_waiting(tmp_path, subspace, monk
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(60)
-    assert errors == ["the device is gone"] and threading.active_count() == before
+    assert errors == ["the device is gone"]
+    # Threads that were told to end may need a moment where other processes have the cores.
+    until = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert threading.active_count() == before
