@@ -1,5 +1,7 @@
 """Runs that are killed, interrupted, run out of disk, meet another run, or resume on changed ground."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -316,10 +318,13 @@ def test_a_folder_that_becomes_a_link_during_a_run(capsys, batch, tmp_path, monk
     write, locked, place = steps.write, steps.locked, steps.write_folder
 
     def swap():
-        if not (out / "t").is_symlink():
+        moved = itertools.count()
+        while not (out / "t").is_symlink():
             if (out / "t").exists():
-                (out / "t").rename(tmp_path / "moved")
-            (out / "t").symlink_to(elsewhere)
+                (out / "t").rename(tmp_path / f"moved{next(moved)}")
+            # The other adapter's thread may have made the folder again meanwhile.
+            with contextlib.suppress(FileExistsError):
+                (out / "t").symlink_to(elsewhere)
 
     def writing(run, ready):
         if when == "before" and ready.loaded.job.item.target == "t/b":
@@ -341,5 +346,6 @@ def test_a_folder_that_becomes_a_link_during_a_run(capsys, batch, tmp_path, monk
     monkeypatch.setattr(steps, "write_folder", placing)
     result = run_correct(capsys, source, *common)
     assert result.code == 1 and result.complaints, result.err
-    assert all("link" in line or "t/a" in line for line in result.complaints)
+    others = [line for line in result.complaints if "link" not in line and "t/a" not in line]
+    assert not others, result.complaints
     assert not list(elsewhere.iterdir()) and (out / "c").is_dir()
