@@ -111,10 +111,10 @@ def decompose(
     Raises as `correct` does.
     """
     correction = correction or Correction(0, 0, 0, 0)
-    return sweep(adapter, subspace, [correction], device=device)[0]
+    return decompose_each(adapter, subspace, [correction], device=device)[0]
 
 
-def sweep(
+def decompose_each(
     adapter: LoraAdapter,
     subspace: SafetySubspace,
     corrections: Sequence[Method],

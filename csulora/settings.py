@@ -11,6 +11,7 @@ from csulora.errors import CsuloraError, UsageError
 from csulora.strengths import Frozen, OwnStrength, by_module, checked_patterns, checked_strength
 from csulora.text import listed
 from csulora_kernels import FORMS, GRANULARITIES, Form, Granularity
+from csulora_kernels.settings import Kind
 
 _LAMBDAS = ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off")
 
@@ -23,8 +24,13 @@ class _Settings:
     found: ClassVar[tuple[str, ...]]  # the fields in whose place a budget comes
     budgets: ClassVar[tuple[str, ...]]  # what can be limited
 
+    form: Form
     strength_for: Mapping[str, OwnStrength]
     budget: Mapping[str, float] | None
+
+    def result_rank(self, r: int, k: int) -> int:
+        """Rank of the result for an update of rank r at k directions, unless it is left as it is."""
+        return Kind(self.method, self.form).rank(r, k)
 
     def _check_common(self) -> None:
         """Bring the common fields into their hashable form. Raises UsageError."""

@@ -24,15 +24,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TARGETS_PER_LAYER, LAYERS = 7, 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def card() -> dict:
     return json.loads((ASSETS / "card.json").read_text())

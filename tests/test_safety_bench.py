@@ -27,15 +27,6 @@ from bench.safety.train import answer_log_p, answer_loss, preference_loss
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def short(stage: worlds.Stage) -> worlds.Stage:
     return replace(stage, steps=3, batch=4)
 

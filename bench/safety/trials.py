@@ -26,6 +26,9 @@ from bench.safety.problem import Problem, update
 from csulora import LoraAdapter, Realignment, baselines
 from csulora.adapter import LoraModule
 
+Change = Callable[
+    [float, str, LoraModule], tuple[Tensor, Tensor]
+]  # strength, name, module -> B', A'
 Share = Callable[[float, Tensor, Tensor, float], Tensor]  # strength, t, ||dW v||^2, t_max -> f
 LARGE = 1e12  # stands for an infinite strength
 NOT_Q_K = tuple(kind for kind in TARGETS if kind not in ("q_proj", "k_proj"))
@@ -72,6 +75,21 @@ def _above_edge(problem: Problem, name: str) -> Tensor:
     return (found.S.double().square() - found.noise_edge**2).clamp_min(0)
 
 
+def _built(
+    problem: Problem, kinds: Collection[str], most: float, change: Change
+) -> Callable[[float], LoraAdapter]:
+    """The adapter by strength, up to `most`: modules of these kinds changed, the others left alone."""
+
+    def build(strength: float) -> LoraAdapter:
+        modules = {}
+        for name, m in problem.adapter.modules.items():
+            chosen = name.rpartition(".")[2] in kinds
+            modules[name] = _module(m, *change(min(strength, most), name, m)) if chosen else m
+        return replace(problem.adapter, modules=modules)
+
+    return build
+
+
 def _shared(
     problem: Problem, share: Share, form: str, kinds: Collection[str]
 ) -> Callable[[float], LoraAdapter]:
@@ -79,55 +97,37 @@ def _shared(
     above = {name: _above_edge(problem, name) for name in problem.adapter.modules}
     largest = max(float(t.max()) for t in above.values()) or 1.0
 
-    def build(strength: float) -> LoraAdapter:
-        strength = min(strength, LARGE)
-        modules = {}
-        for name, m in problem.adapter.modules.items():
-            if name.rpartition(".")[2] not in kinds:
-                modules[name] = m
-                continue
-            found = problem.subspace.modules[name]
-            U, S, V = found.U.double(), found.S.double(), found.V.double()
-            B, A = m.B.double(), m.A.double()
-            Q = A @ V
-            own = (m.scaling * B @ Q).square().sum(0)
-            f = share(strength, above[name], own, largest)
-            target = gamma / m.scaling * S * f
-            if form == "same":
-                A = A + (torch.linalg.lstsq(B, U * target).solution - Q * f) @ V.mT
-            else:
-                B = torch.cat([B, U * target], dim=1)
-                A = torch.cat([A - Q * f @ V.mT, V.mT])
-            modules[name] = _module(m, B, A)
-        return replace(problem.adapter, modules=modules)
+    def change(strength: float, name: str, m: LoraModule) -> tuple[Tensor, Tensor]:
+        found = problem.subspace.modules[name]
+        U, S, V = found.U.double(), found.S.double(), found.V.double()
+        B, A = m.B.double(), m.A.double()
+        Q = A @ V
+        own = (m.scaling * B @ Q).square().sum(0)
+        f = share(strength, above[name], own, largest)
+        target = gamma / m.scaling * S * f
+        if form == "same":
+            return B, A + (torch.linalg.lstsq(B, U * target).solution - Q * f) @ V.mT
+        return torch.cat([B, U * target], dim=1), torch.cat([A - Q * f @ V.mT, V.mT])
 
-    return build
+    return _built(problem, kinds, LARGE, change)
 
 
 def _shielded(
     problem: Problem, mu: float, kinds: Collection[str]
 ) -> Callable[[float], LoraAdapter]:
-    def build(strength: float) -> LoraAdapter:
-        strength = min(strength, 1e6)
-        modules = {}
-        for name, m in problem.adapter.modules.items():
-            if name.rpartition(".")[2] not in kinds:
-                modules[name] = m
-                continue
-            found = problem.subspace.modules[name]
-            t, V = _above_edge(problem, name), found.V.double()
-            D = (found.U.double() * found.S.double()) @ V.mT
-            dW = update(problem.adapter, name).double()
-            pull = strength / max(float(t.max()), 1e-300) * (V * t) @ V.mT  # (d_in, d_in)
-            own = dW.mT @ dW / max(float(torch.linalg.matrix_norm(dW, 2)) ** 2, 1e-300)
-            eye = torch.eye(dW.shape[1], dtype=dW.dtype)
-            # (X - dW) (I + mu H + L) = (gamma D - dW) L
-            change = torch.linalg.solve(eye + mu * own + pull, ((0.5 * D - dW) @ pull).mT).mT
-            B = torch.cat([m.B.double(), change / m.scaling], dim=1)
-            modules[name] = _module(m, B, torch.cat([m.A.double(), eye]))
-        return replace(problem.adapter, modules=modules)
+    def change(strength: float, name: str, m: LoraModule) -> tuple[Tensor, Tensor]:
+        found = problem.subspace.modules[name]
+        t, V = _above_edge(problem, name), found.V.double()
+        D = (found.U.double() * found.S.double()) @ V.mT
+        dW = update(problem.adapter, name).double()
+        pull = strength / max(float(t.max()), 1e-300) * (V * t) @ V.mT  # (d_in, d_in)
+        own = dW.mT @ dW / max(float(torch.linalg.matrix_norm(dW, 2)) ** 2, 1e-300)
+        eye = torch.eye(dW.shape[1], dtype=dW.dtype)
+        # (X - dW) (I + mu H + L) = (gamma D - dW) L
+        moved = torch.linalg.solve(eye + mu * own + pull, ((0.5 * D - dW) @ pull).mT).mT
+        return torch.cat([m.B.double(), moved / m.scaling], dim=1), torch.cat([m.A.double(), eye])
 
-    return build
+    return _built(problem, kinds, 1e6, change)
 
 
 def _module(m: LoraModule, B: Tensor, A: Tensor) -> LoraModule:

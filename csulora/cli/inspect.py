@@ -14,7 +14,7 @@ from rich.table import Table
 from csulora.adapter import LoraAdapter
 from csulora.cli.method_options import correction_from
 from csulora.cli.output import stdout
-from csulora.correction import sweep
+from csulora.correction import decompose_each
 from csulora.errors import CsuloraError
 from csulora.files.names import natural
 from csulora.geometry import NO_VERDICT, Geometry, Place, geometry
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         adapter = LoraAdapter.load(arguments.adapter, pass_through=arguments.pass_through)
         strengths = [correction.with_strength(value) for value in SWEEP]
-        report, *others = sweep(
+        report, *others = decompose_each(
             adapter, subspace, [correction, *strengths], device=arguments.device
         )
         places = geometry(adapter, subspace, device=arguments.device)

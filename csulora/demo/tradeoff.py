@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from csulora.demo.reading import corrected
 from csulora.demo.settings import ADDED_BACK, ALIGNED, CONTROLS, FAMILIES, METHODS, RAW, Row
-from csulora.plots import save_figure
+from csulora.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +22,7 @@ CONTROL_MARKERS = ("x", "+", "1", "2", "3")
 
 def save(rows: Sequence[Row], path: Path) -> None:
     """Draw the trade-offs of `rows` into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.0, 7.2), layout="constrained")
+    figure = new_figure((13.0, 7.2))
     skill, benign = figure.subplots(1, 2)
     _panel(skill, rows, "utility", "New skill, right answers (%): higher is better")
     _panel(benign, rows, "benign", "Benign requests answered (%): higher is better")

@@ -141,9 +141,9 @@ def realign(
         left, right = torch.cat([B, U * target], dim=1), torch.cat([taken, V.mT])
         figures = _figures_of(projection, left, right, B, A, U, V, target.new_zeros(()))
         return Realigned(left, right, None), figures
-    columns = _Columns.of(B)
+    columns = Columns.of(B)
     left, X, norms = columns.left, columns.X, columns.norms
-    reached = X.mT @ (left.mT @ U)
+    reached = columns.coordinates(U)
     added = (reached * target) @ V.mT
     right = columns.R @ taken + X @ added
     lost = (target.square() * (1 - reached.square().sum(0)).clamp_min(0)).sum()
@@ -172,13 +172,12 @@ def replaced_energies(
     if realignment.form == "exact":
         change = U * put - B @ projection.Q
     else:
-        columns = _Columns.of(B)
-        basis = columns.left @ columns.X
-        change = (basis.mT @ U) * put - columns.X.mT @ (columns.R @ projection.Q)
+        columns = Columns.of(B)
+        change = columns.coordinates(U) * put - columns.X.mT @ (columns.R @ projection.Q)
     return rates(projection, spectrum, realignment), change.square().sum(0)
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """The columns of B, told apart down to `NOISE` after they are scaled to norm 1.
 
     B = left R. left X is an orthonormal basis of what they span, and B / norms = left X S Yt.
@@ -192,12 +191,16 @@ class _Columns(NamedTuple):
     norms: Tensor  # (r), 1 for a zero column
 
     @classmethod
-    def of(cls, B: Tensor) -> _Columns:
+    def of(cls, B: Tensor) -> Columns:
         norms = torch.where(B.any(0), B.norm(dim=0), 1.0)
         left, R = torch.linalg.qr(B / norms)
         X, S, Yt = torch.linalg.svd(R, full_matrices=False)
         kept = NOISE * S[0] < S
         return cls(left, R * norms, X[:, kept], S[kept], Yt[kept], norms)
+
+    def coordinates(self, U: Tensor) -> Tensor:
+        """What they reach of U (d_out, k), in their orthonormal basis: (q, k)."""
+        return self.X.mT @ (self.left.mT @ U)
 
 
 def _balanced(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:

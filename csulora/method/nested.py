@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from csulora.method.in_float64 import NOISE
+from csulora.method.in_float64 import Columns
 from csulora.method.precision import SMALLEST_CORRELATION
 from csulora.method.rank_fit import dot
 from csulora.method.realign import Spectrum, share, target_of
@@ -145,10 +145,7 @@ def reach(projection: Projection) -> tuple[Tensor, Tensor]:
 
 def reach_of(B: Tensor, U: Tensor) -> Tensor:
     """U^T B B^+ U (K, K) of one module from B (d_out, r) itself, as `in_float64.realign` has it."""
-    B, U = B.double(), U.double()
-    Q, R = torch.linalg.qr(B / torch.where(B.any(0), B.norm(dim=0), 1.0))
-    X, S, _ = torch.linalg.svd(R)
-    reached = X[:, NOISE * S[0] < S].mT @ (Q.mT @ U)
+    reached = Columns.of(B.double()).coordinates(U.double())
     return reached.mT @ reached
 
 

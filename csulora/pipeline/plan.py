@@ -41,9 +41,7 @@ class Member(NamedTuple):
     def rank(self) -> int:
         """Rank of the result, before the portable form pads it."""
         r, k = self.module.rank, self.U.shape[1]
-        if self.correction.is_identity or self.correction.form == "same":
-            return r
-        return 2 * r if isinstance(self.correction, Correction) else r + k
+        return r if self.correction.is_identity else self.correction.result_rank(r, k)
 
 
 class Plan(NamedTuple):

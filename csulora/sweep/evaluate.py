@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from csulora.adapter import folder_name, write_folder
+from csulora.baselines import equal_norm_factor
 from csulora.errors import CsuloraError, DiskFullError
 from csulora.report import Totals
 from csulora.sweep.command import Command, EvaluationError, Runner
@@ -299,5 +300,4 @@ def shown(variant: Variant) -> tuple[float, float]:
     """Relative change, and norm over the raw adapter's, of a setting."""
     totals = variant.totals
     assert totals is not None
-    before, after = totals.energy_before, totals.energy_after
-    return totals.relative_change, (after / before) ** 0.5 if before else 1.0
+    return totals.relative_change, equal_norm_factor(totals)

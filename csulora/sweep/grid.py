@@ -38,9 +38,7 @@ class Family:
 
     def rank(self, rank: int) -> int:
         """Rank of the result for an adapter of that rank, of a module with at least k directions."""
-        if self.start.form == "same":
-            return rank
-        return 2 * rank if isinstance(self.start, Correction) else rank + self.k
+        return self.start.result_rank(rank, self.k)
 
     def __str__(self) -> str:
         choices = (self.method, self.granularity, self.start.form, f"k {self.k}")

@@ -141,7 +141,7 @@ def test_what_nobody_foresaw_is_one_line(capsys, monkeypatch, adapter, subspace,
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(csulora.cli.inspect, "sweep", fail)
+    monkeypatch.setattr(csulora.cli.inspect, "decompose_each", fail)
     call = ("inspect", adapter, "--subspace", subspace)
     result = builders.run(capsys, *call)
     assert result.code == 2 and result.out == ""

@@ -2,10 +2,9 @@
 
 import math
 
-import oracle
 import pytest
 import torch
-from problems import factors
+from problems import factors, truth, update
 from tolerances import TOLERANCES
 
 import csulora
@@ -23,9 +22,13 @@ def basis_of(U, V, share=0.9, size=1.0):
     return csulora.ModuleSubspace(U.float(), S, V.float(), share)
 
 
+def module_of(B, A):
+    return csulora.LoraModule(A=A, B=B, alpha=SCALING * B.shape[1], scaling=SCALING)
+
+
 def run(B, A, basis, settings, **options):
     """The new module and the report, of an adapter of one module."""
-    module = csulora.LoraModule(A=A, B=B, alpha=SCALING * B.shape[1], scaling=SCALING)
+    module = module_of(B, A)
     subspace = csulora.SafetySubspace({NAME: basis}, Origin("base", "aligned", "", "", 0))
     config = {"peft_type": "LORA", "r": B.shape[1], "lora_alpha": module.alpha}
     adapter = csulora.LoraAdapter({NAME: module}, config)
@@ -34,22 +37,11 @@ def run(B, A, basis, settings, **options):
 
 
 def wanted_of(B, A, basis, settings):
-    return oracle.realign(
-        SCALING * B.double() @ A.double(),
-        basis.U,
-        basis.S,
-        basis.V,
-        strength=settings.strength,
-        gamma=settings.gamma,
-        edge=basis.noise_edge if settings.edge else 0.0,
-        opposed=settings.opposed,
-        B=B if settings.form == "same" else None,
-    )
+    return truth(module_of(B, A), basis, settings)
 
 
 def relative_error(module, wanted):
-    found = module.scaling * module.B.double() @ module.A.double()
-    return float((found - wanted).norm() / wanted.norm())
+    return float((update(module) - wanted).norm() / wanted.norm())
 
 
 def ill_conditioned(B, ratio):
