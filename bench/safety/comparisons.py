@@ -41,7 +41,9 @@ TRANSFER = (
 )
 
 
-def paired(every: Sequence[dict[str, Any]]) -> str:
+def paired(
+    every: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]] = PAIRS
+) -> str:
     """Skill and benign answers of one family less those of another, run by run; mean, standard error."""
 
     def best(r: dict[str, Any], family: str, metric: str) -> float:
@@ -50,25 +52,25 @@ def paired(every: Sequence[dict[str, Any]]) -> str:
         return value(r, found["test"] if found else r["ends"]["aligned"], metric)
 
     rows = []
-    for first, second in PAIRS:
+    for first, second in pairs:
         skill = [skill_at_limit(r, first) - skill_at_limit(r, second) for r in every]
         benign = [best(r, first, "benign") - best(r, second, "benign") for r in every]
         wins, losses = sum(d > 2 for d in skill), sum(d < -2 for d in skill)
         counts = f"{wins} / {losses} of {len(every)}"
-        rows.append([first, second, _with_error(skill), counts, _with_error(benign)])
+        rows.append([first, second, with_error(skill), counts, with_error(benign)])
     head = ["family", "against", "skill", "better / worse by over 2", "benign answers"]
     return table(head, rows)
 
 
-def _with_error(values: Sequence[float]) -> str:
+def with_error(values: Sequence[float]) -> str:
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return f"{fmean(values):+.1f} ± {error:.1f}"
 
 
-def transfer(every: Sequence[dict[str, Any]]) -> str:
+def transfer(every: Sequence[dict[str, Any]], families: Sequence[str] = TRANSFER) -> str:
     """How far the setting at the limit spreads over runs, as a factor (of one standard deviation)."""
     rows = []
-    for family in TRANSFER:
+    for family in families:
         found = [(r, r["frontier"][family]["best"]) for r in every]
         best = [(r, b) for r, b in found if b and b["strength"] != "inf" and b["change"] > 0]
         if len(best) < 3:

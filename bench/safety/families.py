@@ -41,7 +41,7 @@ class Family:
         return self.values[max(math.ceil(u * len(self.values)) - 1, 0)]
 
 
-def _lambda(u: float) -> float:
+def lambda_at(u: float) -> float:
     """0.03 to 300, and no end at 1."""
     return math.inf if u >= 1 else 10 ** (-1.5 + 4 * u)
 
@@ -133,19 +133,19 @@ def _realignments(
         "realign random k64": (replace(same, edge=False), random[RANK]),
     }
     found = [
-        Family(name, _realigned(problem, settings, subspace), _lambda)
+        Family(name, realigned(problem, settings, subspace), lambda_at)
         for name, (settings, subspace) in both.items()
     ]
     groups = {"q, k left alone": NOT_Q_K, "mlp only": MLP, "attention only": ATTENTION}
     groups |= {"v and o only": ("v_proj", "o_proj"), "writers only": ("o_proj", "down_proj")}
     for group, kinds in groups.items():
         for form, settings in (("same", same), ("exact", exact)):
-            build = _realigned(problem, settings, nested[RANK], kinds)
-            found.append(Family(f"realign {form} k64, {group}", build, _lambda))
+            build = realigned(problem, settings, nested[RANK], kinds)
+            found.append(Family(f"realign {form} k64, {group}", build, lambda_at))
     return found
 
 
-def _realigned(
+def realigned(
     problem: Problem,
     settings: Realignment,
     subspace: SafetySubspace,
@@ -161,5 +161,5 @@ def _realigned(
 
 def _trials(problem: Problem) -> list[Family]:
     return [
-        Family(f"trial {name}", build, _lambda) for name, build in trials.builders(problem).items()
+        Family(f"trial {name}", build, lambda_at) for name, build in trials.builders(problem).items()
     ]

@@ -69,7 +69,7 @@ def world_table(
     """What the world's JSON holds."""
     start = time.perf_counter()
     bench = Bench(trained, world.task, device, size.prompts)
-    ends = _ends(bench, trained)
+    models = ends(bench, trained)
     paths = families(bench.problem, seed)
     wanted = paths if size.frontier else []
     searches = search(wanted, lambda adapters: bench.measure(adapters, "validation"), size.rounds)
@@ -80,8 +80,8 @@ def world_table(
         "settings": asdict(world),
         "metrics": list(Metrics.__dataclass_fields__),
         "counts": bench.evaluator.counts,
-        "ends": ends,
-        "frontier": _frontier(bench, searches),
+        "ends": models,
+        "frontier": at_limit(bench, searches),
         "rules": _rules(bench, paths, size),
         "predictors": predictors(bench.problem, bench.evaluator),
         "limit": LIMIT,
@@ -90,7 +90,7 @@ def world_table(
     return rounded(result)
 
 
-def _ends(bench: Bench, trained: Trained) -> dict[str, Any]:
+def ends(bench: Bench, trained: Trained) -> dict[str, Any]:
     """The models themselves on test prompts: base, aligned, raw, and the raw adapter on part of them."""
     own = {f"{n}.weight" for n in bench.problem.adapter.modules}
     raw = bench.problem.adapter
@@ -111,19 +111,19 @@ def _ends(bench: Bench, trained: Trained) -> dict[str, Any]:
     return found
 
 
-def _frontier(bench: Bench, searches: list[Search]) -> dict[str, Any]:
+def at_limit(bench: Bench, searches: list[Search]) -> dict[str, Any]:
     """By family: all points on validation prompts, and the best within the limit on test prompts."""
     picked = [(s, s.best()) for s in searches]
     adapters = [s.family.build(x) for s, x in picked if x is not None]
     measured = iter(zip(adapters, bench.measure(adapters, "test"), strict=True))
     found = {}
     for s, x in picked:
-        points = [[_plain(y), *m.as_list()] for y, m in sorted(s.points.items())]
+        points = [[plain(y), *m.as_list()] for y, m in sorted(s.points.items())]
         row: dict[str, Any] = {"validation": points, "best": None}
         if x is not None:
             adapter, metrics = next(measured)
             row["best"] = {
-                "strength": _plain(x),
+                "strength": plain(x),
                 "change": bench.change(adapter),
                 "test": metrics.as_list(),
             }
@@ -154,7 +154,7 @@ def _rules(bench: Bench, paths: list[Family], size: Size) -> list[dict[str, Any]
     return [
         {
             **rule,
-            "used": _plain(strengths[i]),
+            "used": plain(strengths[i]),
             "changed": changes[i],
             **{name: metrics[i].as_list() for name, metrics in rows.items()},
         }
@@ -165,11 +165,11 @@ def _rules(bench: Bench, paths: list[Family], size: Size) -> list[dict[str, Any]
 def _strength(bench: Bench, family: Family, rule: dict[str, Any]) -> float:
     """The strength that a rule says: a number, a number times ||dW|| / ||D||, or that of a change."""
     if "change" in rule:
-        return _for_change(bench, family, rule["change"])
+        return for_change(bench, family, rule["change"])
     return rule["strength"] if "strength" in rule else rule["per_ratio"] * norm_ratio(bench.problem)
 
 
-def _for_change(bench: Bench, family: Family, change: float) -> float:
+def for_change(bench: Bench, family: Family, change: float) -> float:
     """The strength at which the family changes the adapter by `change`; its end where none does."""
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
@@ -181,5 +181,5 @@ def _for_change(bench: Bench, family: Family, change: float) -> float:
     return family.at(high)
 
 
-def _plain(strength: float) -> float | str:
+def plain(strength: float) -> float | str:
     return "inf" if math.isinf(strength) else float(f"{strength:.5g}")

@@ -7,6 +7,9 @@ differ in the share. Dense and in float64, since these models are small.
              alignment did, as a skill does, it is left alone
     global   f_i = lambda t_i / (t_max + lambda t_i), t_max the largest of all modules, so that a module
              which alignment hardly moved is hardly changed
+    weighted f_i = lambda t_i / (t_1 w_i + lambda t_i), w_i = ||dW v_i||^2 over what is typical of the module:
+             ratio without a scale. max, mean: of the directions above the noise edge; aligned: their mean,
+             weighted by t; energy: ||dW||^2
     shield   a change costs more on inputs that the adapter reads strongly: min_X 1/2 ||X - dW||^2
              + mu/(2 ||dW||_2^2) ||(X - dW) dW^T||^2 + lambda/(2 s_1^2) ||(X - gamma D) D^T||^2
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +33,18 @@ from csulora.adapter import LoraModule
 Change = Callable[
     [float, str, LoraModule], tuple[Tensor, Tensor]
 ]  # strength, name, module -> B', A'
-Share = Callable[[float, Tensor, Tensor, float], Tensor]  # strength, t, ||dW v||^2, t_max -> f
+
+
+class Known(NamedTuple):
+    """What a share of one module may follow from."""
+
+    t: Tensor  # (k,) squared singular values of D above the noise edge
+    own: Tensor  # (k,) ||dW v_i||^2
+    energy: Tensor  # ||dW||^2
+    largest: float  # t of all modules
+
+
+Share = Callable[[float, Known], Tensor]  # strength -> f (k,)
 LARGE = 1e12  # stands for an infinite strength
 NOT_Q_K = tuple(kind for kind in TARGETS if kind not in ("q_proj", "k_proj"))
 
@@ -49,6 +64,12 @@ def builders(problem: Problem) -> dict[str, Callable[[float], LoraAdapter]]:
     return found
 
 
+def weighted(problem: Problem) -> dict[str, Callable[[float], LoraAdapter]]:
+    """By name, ratio and its forms without a scale, each form same."""
+    shares = {"ratio": _ratio} | {name: _weighted(typical) for name, typical in TYPICAL.items()}
+    return {name: _shared(problem, share, "same", TARGETS) for name, share in shares.items()}
+
+
 def _mlp_dropped(problem: Problem) -> Callable[[float], LoraAdapter]:
     """No update of MLPs at all, and realignment of what attention writes."""
     names = [name for name in problem.adapter.modules if name.rpartition(".")[2] in MLP]
@@ -62,12 +83,30 @@ def _mlp_dropped(problem: Problem) -> Callable[[float], LoraAdapter]:
     return build
 
 
-def _ratio(strength: float, t: Tensor, own: Tensor, largest: float) -> Tensor:
-    return strength * t / (own + strength * t).clamp_min(1e-300)
+def _ratio(strength: float, known: Known) -> Tensor:
+    return strength * known.t / (known.own + strength * known.t).clamp_min(1e-300)
 
 
-def _global(strength: float, t: Tensor, own: Tensor, largest: float) -> Tensor:
-    return strength * t / (largest + strength * t)
+def _global(strength: float, known: Known) -> Tensor:
+    return strength * known.t / (known.largest + strength * known.t)
+
+
+def _weighted(typical: Callable[[Known], Tensor]) -> Share:
+    """Multiplied out, so that no weight is divided by: a module that does nothing is left alone."""
+
+    def share(strength: float, known: Known) -> Tensor:
+        pull = strength * known.t * typical(known)
+        return pull / (known.t.max() * known.own + pull).clamp_min(1e-300)
+
+    return share
+
+
+TYPICAL: dict[str, Callable[[Known], Tensor]] = {
+    "weighted max": lambda known: (known.own * (known.t > 0)).max(),
+    "weighted mean": lambda known: (known.own * (known.t > 0)).sum() / (known.t > 0).sum().clamp_min(1),
+    "weighted aligned": lambda known: known.own @ known.t / known.t.sum().clamp_min(1e-300),
+    "weighted energy": lambda known: known.energy,
+}
 
 
 def _above_edge(problem: Problem, name: str) -> Tensor:
@@ -102,8 +141,13 @@ def _shared(
         U, S, V = found.U.double(), found.S.double(), found.V.double()
         B, A = m.B.double(), m.A.double()
         Q = A @ V
-        own = (m.scaling * B @ Q).square().sum(0)
-        f = share(strength, above[name], own, largest)
+        known = Known(
+            above[name],
+            (m.scaling * B @ Q).square().sum(0),
+            (m.scaling * B @ A).square().sum(),
+            largest,
+        )
+        f = share(strength, known)
         target = gamma / m.scaling * S * f
         if form == "same":
             return B, A + (torch.linalg.lstsq(B, U * target).solution - Q * f) @ V.mT
