@@ -41,9 +41,7 @@ TRANSFER = (
 )
 
 
-def paired(
-    every: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]] = PAIRS
-) -> str:
+def paired(every: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]] = PAIRS) -> str:
     """Skill and benign answers of one family less those of another, run by run; mean, standard error."""
 
     def best(r: dict[str, Any], family: str, metric: str) -> float:

@@ -161,5 +161,6 @@ def realigned(
 
 def _trials(problem: Problem) -> list[Family]:
     return [
-        Family(f"trial {name}", build, lambda_at) for name, build in trials.builders(problem).items()
+        Family(f"trial {name}", build, lambda_at)
+        for name, build in trials.builders(problem).items()
     ]

@@ -7,9 +7,9 @@ differ in the share. Dense and in float64, since these models are small.
              alignment did, as a skill does, it is left alone
     global   f_i = lambda t_i / (t_max + lambda t_i), t_max the largest of all modules, so that a module
              which alignment hardly moved is hardly changed
-    weighted f_i = lambda t_i / (t_1 w_i + lambda t_i), w_i = ||dW v_i||^2 over what is typical of the module:
-             ratio without a scale. max, mean: of the directions above the noise edge; aligned: their mean,
-             weighted by t; energy: ||dW||^2
+    weighted f_i = lambda t_i / (t_1 w_i + lambda t_i), w_i = ||dW v_i||^2 over what is typical of the
+             module: ratio without a scale. max, mean: of the directions above the noise edge;
+             aligned: their mean, weighted by t; energy: ||dW||^2
     shield   a change costs more on inputs that the adapter reads strongly: min_X 1/2 ||X - dW||^2
              + mu/(2 ||dW||_2^2) ||(X - dW) dW^T||^2 + lambda/(2 s_1^2) ||(X - gamma D) D^T||^2
 """
@@ -103,7 +103,9 @@ def _weighted(typical: Callable[[Known], Tensor]) -> Share:
 
 TYPICAL: dict[str, Callable[[Known], Tensor]] = {
     "weighted max": lambda known: (known.own * (known.t > 0)).max(),
-    "weighted mean": lambda known: (known.own * (known.t > 0)).sum() / (known.t > 0).sum().clamp_min(1),
+    "weighted mean": lambda known: (
+        (known.own * (known.t > 0)).sum() / (known.t > 0).sum().clamp_min(1)
+    ),
     "weighted aligned": lambda known: known.own @ known.t / known.t.sum().clamp_min(1e-300),
     "weighted energy": lambda known: known.energy,
 }
