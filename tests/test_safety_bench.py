@@ -14,7 +14,7 @@ import torch
 # The bench is no part of the package; it is run from the root of the tree.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.safety import comparisons, run, summary, worlds
+from bench.safety import comparisons, run, shares, spectra, summary, trials, worlds
 from bench.safety import results as results_of
 from bench.safety.evaluate import Evaluator, Metrics
 from bench.safety.families import COARSE, Family
@@ -212,3 +212,45 @@ def test_intervals_and_correlations():
     assert low == pytest.approx(0, abs=1e-12) and 0.018 < high < 0.020
     assert results_of.spread([1.0, 3.0]) == "2 [1, 3]"
     assert comparisons.rank_correlation([1, 2, 3], [10, 20, 20]) == pytest.approx(0.866, abs=1e-3)
+
+
+def test_shares_on_trial_are_measured_once_and_summed_up(results, tmp_path, capsys):
+    call = [str(results / "models"), "--worlds", "main", "--seeds", "0", "--out", str(tmp_path)]
+    shares.main([*call, "--prompts", "4"])
+    written = (tmp_path / "main-0.json").stat().st_mtime_ns
+    shares.main(call)
+    assert (tmp_path / "main-0.json").stat().st_mtime_ns == written
+    result = json.loads((tmp_path / "main-0.json").read_text())
+    assert set(result["frontier"]) == {shares.PLAIN, "ratio", *trials.TYPICAL}
+    # The adapter of a few steps is so small that the weakest strength of all changes it by more.
+    assert all(row["change"] > shares.CHANGE for row in result["at_change"].values())
+    shares.main(["--summary", str(tmp_path), "--seeds", "0"])
+    page = capsys.readouterr().out
+    assert "Against realignment, at the limit, seed 0" in page and "| weighted energy |" in page
+
+
+def test_what_alignment_did_evenly_is_weighed_as_by_realignment():
+    """Weights without a scale: all alike give realignment's share, a larger update the same."""
+
+    def vector(*values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    t = vector(4, 1, 0)
+    for name in ("weighted max", "weighted mean", "weighted aligned"):
+        share = trials._weighted(trials.TYPICAL[name])
+        found = share(3.0, trials.Known(t, vector(0.2, 0.2, 0.2), vector(1)[0], 4.0))
+        assert torch.allclose(found, 3 * t / (4 + 3 * t)), name
+    for name, typical in trials.TYPICAL.items():
+        own, share = vector(0.5, 0.0, 0.3), trials._weighted(typical)
+        small, large = (
+            share(3.0, trials.Known(t, c * own, vector(c)[0], 4.0)) for c in (1.0, 50.0)
+        )
+        assert torch.allclose(small, large) and small[1] == 1 and small[2] == 0, name
+        assert not share(3.0, trials.Known(t, 0 * own, vector(0)[0], 4.0)).any(), name
+
+
+def test_spectra_of_a_world(results, capsys):
+    spectra.main([str(results / "models"), "--worlds", "main", "--seeds", "0"])
+    (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("| main"))
+    held = [float(x) for x in row.split("|")[2:-1]]
+    assert held == sorted(held) and 0 < held[0] <= held[-1] <= 100

@@ -53,11 +53,11 @@ def families(problem: Problem) -> list[Family]:
     return found
 
 
-def measured(world: World, seed: int, models: Path) -> dict[str, Any]:
-    """What one run's JSON holds."""
+def measured(world: World, seed: int, models: Path, prompts: int | None = None) -> dict[str, Any]:
+    """What one run's JSON holds. prompts: of each kind at most."""
     start = time.perf_counter()
     trained = load_trained(models, world, seed)
-    bench = Bench(trained, world.task, torch.device("cpu"))
+    bench = Bench(trained, world.task, torch.device("cpu"), prompts)
     paths = families(bench.problem)
     searches = search(paths, lambda adapters: bench.measure(adapters, "validation"))
     result = {
@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worlds", default=",".join(NAMES))
     parser.add_argument("--seeds", default="10,11,12,13,14")
     parser.add_argument("--out", type=Path, help="folder of the JSONs")
+    parser.add_argument("--prompts", type=int, help="of each kind at most, to try the code")
     parser.add_argument("--summary", type=Path, help="show these results, measure nothing")
     given = parser.parse_args(arguments)
     seeds = [int(seed) for seed in given.seeds.split(",")]
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
         path = given.out / f"{name}-{seed}.json"
         if path.exists():
             continue
-        result = measured(WORLDS[name], seed, given.models)
+        result = measured(WORLDS[name], seed, given.models, given.prompts)
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps(result) + "\n")
         temporary.replace(path)
