@@ -93,7 +93,6 @@ def read(model: nn.Module, adapter_name: str | None) -> Found:
         stated = stated_config(config, {n: _in_padding(n, s, config) for n, s in slots.items()})
     else:
         stated = config
-        _check_ranks(where, name, slots)
     tensors = {}
     for module, slot in slots.items():
         for side, X in zip("AB", slot.factors(), strict=True):
@@ -153,15 +152,10 @@ def _slots(where: str, model: peft.PeftModel, name: str) -> dict[str, Slot]:
             A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         else:
             A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        for X in (A, B):
-            if not isinstance(X, nn.Parameter) or type(X.data) is not Tensor:
-                raise CsuloraError(
-                    f"{where}: {module} has factors that are no plain parameters but a "
-                    f"{type(X.data).__name__}; gather a sharded model first"
-                )
         factor = layer.scaling[name]
         fixed = isinstance(factor, Tensor)
         slots[module] = Slot(layer, A, B, embedding, float(factor), fixed)
+        _check_slot(where, module, slots[module], name)
     if not slots:
         raise CsuloraError(f"{where}: updates no layer of the model")
     return slots
@@ -230,14 +224,20 @@ def _check_complete(
         )
 
 
-def _check_ranks(where: str, name: str, slots: Mapping[str, Slot]) -> None:
-    """Raise CsuloraError where a hot swap has left ranks that the model does not know of."""
-    for module, slot in slots.items():
-        known = slot.layer.r[name]
-        if slot.A.dim() == 2 and slot.A.numel() and slot.rank != known:
+def _check_slot(where: str, module: str, slot: Slot, name: str) -> None:
+    """Raise CsuloraError for factors that are not where, or not what, the layer takes them for."""
+    known = slot.layer.r[name]
+    # A hot swap leaves the rank as it was, and may leave a tensor where the parameter was.
+    if not slot.fixed and slot.A.dim() == 2 and slot.rank not in (0, known):
+        raise CsuloraError(
+            f"{where}: {module} has rank {slot.rank}, but the model takes it for {known}, as after a hot "
+            "swap; load what was swapped in as an adapter of its own"
+        )
+    for X in (slot.A, slot.B):
+        if not isinstance(X, nn.Parameter) or type(X.data) is not Tensor:
             raise CsuloraError(
-                f"{where}: {module} has rank {slot.rank}, but the model takes it for {known}, as after "
-                "a hot swap; load what was swapped in as an adapter of its own"
+                f"{where}: {module} has a {type(X.data).__name__} that is no parameter, or not one of "
+                "plain numbers, for a factor; gather a sharded model first"
             )
 
 
