@@ -433,9 +433,12 @@ REFUSED = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    "own biases": ({"lora_bias": True, "kind": "gpt2"}, "biases .*lora_B.bias"),
-    "all biases": ({"bias": "all", "kind": "gpt2"}, "has biases"),
-    "its biases": ({"bias": "lora_only", "kind": "gpt2"}, "has biases"),
+    "own biases": ({"lora_bias": True, "kind": "gpt2"}, "not a LoRA update .*lora_B.bias"),
+    "all biases": ({"bias": "all", "kind": "gpt2"}, "bias is 'all', and .*bias"),
+    "its biases": (
+        {"bias": "lora_only", "kind": "gpt2"},
+        "bias is 'lora_only', and .*base_layer.bias",
+    ),
 }
 
 

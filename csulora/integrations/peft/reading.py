@@ -86,6 +86,7 @@ def read(model: nn.Module, adapter_name: str | None) -> Found:
             f"{where}: belongs to a {type(model.base_model).__name__}, not plain LoRA"
         )
     slots = _slots(where, model, name)
+    _check_biases(where, model, config.get("bias") or "none")
     _check_alone(where, slots)
     _check_complete(where, model, name, slots)
     rslora = bool(config.get("use_rslora"))
@@ -194,6 +195,16 @@ def _check_layer(where: str, module: str, layer: LoraLayer, name: str) -> None:
         )
 
 
+def _check_biases(where: str, model: peft.PeftModel, bias: str) -> None:
+    """Raise CsuloraError where biases of the model are trained with the adapter."""
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    trained = [name for name in biases if bias == "all" or ".base_layer." in name]
+    if bias != "none" and trained:
+        raise CsuloraError(
+            f"{where}: bias is {bias!r}, and biases cannot be corrected: {listed(trained)}"
+        )
+
+
 def _check_alone(where: str, slots: Mapping[str, Slot]) -> None:
     """Raise CsuloraError where two modules share a factor: one would be written over the other."""
     owners: dict[int, str] = {}
@@ -217,9 +228,8 @@ def _check_complete(
     }
     others = sorted(saved.keys() - known)
     if others:
-        kind = "biases" if all(key.endswith(".bias") for key in others) else "tensors"
         raise CsuloraError(
-            f"{where}: has {kind} that are not a LoRA update on a linear weight or embedding and "
+            f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or embedding and "
             f"cannot be corrected: {listed(others)}"
         )
 
@@ -236,8 +246,8 @@ def _check_slot(where: str, module: str, slot: Slot, name: str) -> None:
     for X in (slot.A, slot.B):
         if not isinstance(X, nn.Parameter) or type(X.data) is not Tensor:
             raise CsuloraError(
-                f"{where}: {module} has a {type(X.data).__name__} that is no parameter, or not one of "
-                "plain numbers, for a factor; gather a sharded model first"
+                f"{where}: a factor of {module} is a {type(X.data).__name__} and no plain parameter, as "
+                "sharding or a hot swap leaves it; gather, or load, the adapter first"
             )
 
 
