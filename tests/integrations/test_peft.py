@@ -669,6 +669,15 @@ def test_a_prepared_model_has_to_have_room(llama):
     correct_model(model, llama.subspace, EXACT)
 
 
+def test_embeddings_are_not_padded_in_a_prepared_model(llama):
+    model = make(llama, target_modules=["embed_tokens", "q_proj"])
+    plain, model = copy.deepcopy(model), prepared(model, 16)
+    refused(model, llama, "corrected model.embed_tokens has rank 6, .* of rank 3 at most", EXACT)
+    for each in (plain, model):
+        correct_model(each, llama.subspace, SAME)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_adapters_go_on_being_swapped_into_a_corrected_prepared_model(llama, tmp_path, told):
     """The correction of what was swapped in takes its scaling and rank, not those of before."""

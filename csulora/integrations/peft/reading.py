@@ -89,23 +89,7 @@ def read(model: nn.Module, adapter_name: str | None) -> Found:
     _check_biases(where, model, config.get("bias") or "none")
     _check_alone(where, slots)
     _check_complete(where, model, name, slots)
-    rslora = bool(config.get("use_rslora"))
-    if any(slot.fixed for slot in slots.values()):
-        stated = stated_config(config, {n: _in_padding(n, s, config) for n, s in slots.items()})
-    else:
-        stated = config
-    tensors = {}
-    for module, slot in slots.items():
-        for side, X in zip("AB", slot.factors(), strict=True):
-            tensors[factor_name(module, side, slot.embedding)] = X
-    adapter = LoraAdapter.from_tensors(tensors, stated)
-    for module, slot in slots.items():
-        given = scaling(adapter.modules[module].alpha, adapter.modules[module].rank, rslora)
-        if not math.isclose(given, slot.scaling, rel_tol=_FLOAT32):
-            raise CsuloraError(
-                f"{where}: {module} has the scaling {slot.scaling:g}, but its configuration gives "
-                f"{given:g}; undo set_scale, or load what was swapped in as an adapter of its own"
-            )
+    adapter = _adapter(where, config, slots)
     return Found(name, model.peft_config, config, slots, adapter)
 
 
@@ -193,6 +177,28 @@ def _check_layer(where: str, module: str, layer: LoraLayer, name: str) -> None:
             f"{where}: {module} is a {type(layer).__name__} of LoRA on a {type(base).__name__}, and "
             "neither linear nor an embedding; this cannot be corrected"
         )
+
+
+def _adapter(where: str, config: dict[str, Any], slots: Mapping[str, Slot]) -> LoraAdapter:
+    """The slots' factors as an adapter. Raises CsuloraError where its update is not what they add."""
+    if any(slot.fixed for slot in slots.values()):
+        stated = stated_config(config, {n: _in_padding(n, s, config) for n, s in slots.items()})
+    else:
+        stated = config
+    tensors = {}
+    for module, slot in slots.items():
+        for side, X in zip("AB", slot.factors(), strict=True):
+            tensors[factor_name(module, side, slot.embedding)] = X
+    adapter = LoraAdapter.from_tensors(tensors, stated)
+    rslora = bool(config.get("use_rslora"))
+    for module, slot in slots.items():
+        given = scaling(adapter.modules[module].alpha, adapter.modules[module].rank, rslora)
+        if not math.isclose(given, slot.scaling, rel_tol=_FLOAT32):
+            raise CsuloraError(
+                f"{where}: {module} has the scaling {slot.scaling:g}, but its configuration gives "
+                f"{given:g}; undo set_scale, or load what was swapped in as an adapter of its own"
+            )
+    return adapter
 
 
 def _check_biases(where: str, model: peft.PeftModel, bias: str) -> None:
