@@ -669,6 +669,16 @@ def test_a_prepared_model_has_to_have_room(llama):
     correct_model(model, llama.subspace, EXACT)
 
 
+def test_a_prepared_model_is_not_compiled_anew(llama):
+    model = prepared(make(llama), 16)
+    compiled = torch.compile(model, backend="eager")
+    before = logits(compiled)
+    correct_model(compiled, llama.subspace, EXACT)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = logits(compiled)
+    assert torch.equal(found, logits(model)) and not torch.allclose(found, before)
+
+
 def test_embeddings_are_not_padded_in_a_prepared_model(llama):
     model = make(llama, target_modules=["embed_tokens", "q_proj"])
     plain, model = copy.deepcopy(model), prepared(model, 16)

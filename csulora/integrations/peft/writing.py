@@ -87,7 +87,6 @@ def _put(X: nn.Parameter, new: Tensor, grad: Tensor | None) -> None:
         if X.shape == new.shape:
             X.copy_(new)
         else:
-            X.grad = None
             X.data = new
         X.grad = grad
 
