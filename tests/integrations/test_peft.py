@@ -578,6 +578,15 @@ def test_a_hot_swap_of_another_rank_is_noticed(llama, tmp_path):
     refused(model, llama, "has rank 5, but the model takes it for 3, as after a hot swap")
 
 
+def test_factors_that_are_not_in_memory(llama):
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    model = peft.get_peft_model(aligned_model(llama), lora, low_cpu_mem_usage=True)
+    with pytest.raises(
+        CsuloraError, match="q_proj is no plain parameter in memory, as .*offloading"
+    ):
+        correct_model(model, llama.subspace)
+
+
 # --- whole or not at all ----------------------------------------------------------------------------
 
 

@@ -44,8 +44,8 @@ class Slot:
         return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B without the padding of a prepared model."""
-        A, B = self.A.detach(), self.B.detach()
+        """A and B without the padding of a prepared model, on the CPU: a model may be on many devices."""
+        A, B = self.A.detach().cpu(), self.B.detach().cpu()
         if not self.fixed or A.shape[0] != B.shape[1]:
             return A, B
         used = ((A != 0).any(1) | (B != 0).any(0)).nonzero().flatten().tolist()
@@ -61,7 +61,7 @@ class Found:
     configs: dict[str, Any]  # PEFT's, of all adapters; the model's own
     config: dict[str, Any]  # that of this adapter, as its file would hold it
     slots: dict[str, Slot]
-    adapter: LoraAdapter  # its tensors are the model's own memory
+    adapter: LoraAdapter  # its tensors may be the model's own memory
 
 
 def read(model: nn.Module, adapter_name: str | None) -> Found:
@@ -250,10 +250,10 @@ def _check_slot(where: str, module: str, slot: Slot, name: str) -> None:
             "swap; load what was swapped in as an adapter of its own"
         )
     for X in (slot.A, slot.B):
-        if not isinstance(X, nn.Parameter) or type(X.data) is not Tensor:
+        if not isinstance(X, nn.Parameter) or type(X.data) is not Tensor or X.is_meta:
             raise CsuloraError(
-                f"{where}: a factor of {module} is a {type(X.data).__name__} and no plain parameter, as "
-                "sharding or a hot swap leaves it; gather, or load, the adapter first"
+                f"{where}: a factor of {module} is no plain parameter in memory, as sharding, offloading "
+                "or a hot swap leaves it; gather, or load, the adapter first"
             )
 
 
