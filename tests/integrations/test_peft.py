@@ -582,7 +582,7 @@ def test_factors_that_are_not_in_memory(llama):
     lora = peft.LoraConfig(target_modules=["q_proj"])
     model = peft.get_peft_model(aligned_model(llama), lora, low_cpu_mem_usage=True)
     with pytest.raises(
-        CsuloraError, match="q_proj is no plain parameter in memory, as .*offloading"
+        CsuloraError, match=r"q_proj is no plain parameter in memory, as .*offloading"
     ):
         correct_model(model, llama.subspace)
 
