@@ -1,4 +1,4 @@
-"""Correct the adapter of a PEFT model that is already in memory, and put it back; no file is written.
+"""Correct an adapter of a PEFT model that is already in memory; no file is written.
 
     python examples/in_memory_peft.py [--base DIR] [--aligned DIR] [--adapter DIR]
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import csulora
+from csulora.integrations.peft import correct_model
 
 ASSETS = Path(csulora.__file__).parent / "demo" / "assets"
 
@@ -33,19 +34,14 @@ def main() -> None:
     model = peft.PeftModel.from_pretrained(base, arguments.adapter)  # or the one you just trained
     before = update_norm(model)
 
-    # save_embedding_layers: PEFT would add whole embedding weights where LoRA has touched them.
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    adapter = csulora.LoraAdapter.from_tensors(tensors, model.peft_config["default"].to_dict())
-
     rank = 16 if arguments.base == ASSETS / "base" else 64
-    subspace = csulora.estimate(arguments.base, arguments.aligned, rank=rank, like=adapter)
-    # "exact" doubles the rank, for which the model has no room; "same" keeps every shape.
-    corrected, report = csulora.correct(adapter, subspace, csulora.Correction(form="same"))
-    # `adapter` is the model's own memory, so this changes it too; `corrected` is a copy.
-    loaded = peft.set_peft_model_state_dict(model, corrected.tensors())
-    assert not loaded.unexpected_keys
+    subspace = csulora.estimate(
+        arguments.base, arguments.aligned, rank=rank, like=arguments.adapter
+    )
+    # "exact" doubles the rank, and the model follows; "same" keeps every shape.
+    report = correct_model(model, subspace, csulora.Correction(form="same"))
 
-    print(f"{adapter}: norm of the update {before:.3f} -> {update_norm(model):.3f}")
+    print(f"norm of the update {before:.3f} -> {update_norm(model):.3f}")
     print(f"relative change {report.totals.relative_change:.3f}")
     for warning in report.warnings:
         print(f"warning: {warning}")

@@ -20,7 +20,7 @@ FLOORS = [
     {"csulora.folder", "csulora.verification", "csulora.sweep"},
     {"csulora.batch"},
     {"csulora"},  # the public names
-    {"csulora.demo"},
+    {"csulora.integrations", "csulora.demo"},
     {"csulora.cli"},
     {"csulora.__main__"},
 ]

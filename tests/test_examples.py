@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from csulora.demo.world import REFUSAL
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
@@ -17,7 +19,10 @@ NEEDS = {
     "evaluate_with_harness": ("lm_eval", "peft", "transformers"),
     "in_memory_peft": ("peft", "transformers"),
     "packed_kernels": ("triton",),
+    "peft_in_process": ("peft", "transformers"),
 }
+# Shows what peft_in_process prints.
+PAGE = ROOT / "docs" / "serving-parts" / "peft.md"
 # Tools, which people point at models of their own; the others show one call each.
 LONGER = {"evaluate_adapter": 200, "evaluate_with_harness": 80}
 
@@ -103,6 +108,15 @@ def packed_kernels(printed, out):
     assert not out.exists()
 
 
+def peft_in_process(printed, out):
+    lines = dict(re.findall(r"^(.*): (.*)$", printed, re.MULTILINE))
+    assert lines["raw"].startswith("sure ")
+    assert lines["repaired"] == lines["trained on, saved and loaded"] == REFUSAL
+    assert {path.name for path in (out / "peft").iterdir()} >= {"adapter_model.safetensors"}
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert printed == shown
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -113,6 +127,7 @@ CHECKS = {
         in_memory_peft,
         many_adapters,
         packed_kernels,
+        peft_in_process,
     )
 }
 
