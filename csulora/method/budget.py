@@ -18,7 +18,6 @@ from torch import Tensor
 
 from csulora.method import in_float64
 from csulora.method.precision import singular
-from csulora.method.rank_fit import dot
 from csulora.method.realign import Spectrum, replaced
 from csulora.method.stages import OO, Grams, solve_grams
 
@@ -134,8 +133,8 @@ def _figure(updates: Sequence[Update], kind: str) -> Callable[[float], float]:
 
 def _energy(update: Update) -> float:
     """||dW||^2."""
-    B, A = update.B.double(), update.A.double()
-    return float(update.spectrum.scaling**2 * dot(B.mT @ B, A @ A.mT).clamp_min(0))
+    R = torch.linalg.qr(update.B.double(), mode="r")[1]
+    return float(update.spectrum.scaling**2 * (R @ update.A.double()).square().sum())
 
 
 def _sums(group: list[Update], settings: Method, kind: str) -> Callable[[Any], float]:

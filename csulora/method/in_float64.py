@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Singular values below this share of the largest are what float64 leaves of zero.
 NOISE = 1e-12
+# So are those of a product below this share of the norms of its columns times rows, which may cancel.
+ROUNDING = 1e-15
 
 
 class Parts(NamedTuple):
@@ -48,11 +50,14 @@ class Parts(NamedTuple):
 
 
 def split(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> Parts:
-    """Parts of B (d_out, r) and A (r, d_in) of any type, in a gauge that evens out their columns."""
+    """Parts of B (d_out, r) and A (r, d_in) of any type, in the balanced form of their product.
+
+    In it no columns cancel each other, so that Gram matrices hold the update and not only its factors.
+    """
     B, A = B.double(), A.double()
     U, V = U.to(B), V.to(B)  # the factors may lie on another device
     t = even_gauge(B.square().sum(0), A.square().sum(1))
-    B, A = B * t, A / t[:, None]
+    B, A = _balanced(B * t, A / t[:, None], B.shape[1])
     B_in, A_in = U @ (U.mT @ B), (A @ V) @ V.mT
     return Parts(B_in, B - B_in, A_in, A - A_in)
 
@@ -206,7 +211,8 @@ class Columns(NamedTuple):
 def _balanced(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B' = X S^(1/2) (d_out, rank) and A' = S^(1/2) Y^T (rank, d_in) of the product B A, then zeros."""
     X, S, Yt = _triplets(B, A)
-    root = S[:rank].sqrt()
+    noise = (ROUNDING * (B.norm(dim=0) * A.norm(dim=1)).sum()).clamp_min(NOISE * S[0])
+    root = torch.where(noise < S, S, 0.0)[:rank].sqrt()
     B, A = X.new_zeros(X.shape[0], rank), X.new_zeros(rank, Yt.shape[1])
     torch.mul(X[:, :rank], root, out=B[:, : len(root)])
     torch.mul(Yt[:rank], root[:, None], out=A[: len(root)])
@@ -227,7 +233,8 @@ def _figures_of(
     P, Q, _, _ = projection
     inside, before = left @ (right @ V), B @ Q
     outside = A - Q @ V.mT
-    fo, all_out = P @ outside, dot(B.mT @ B, outside @ outside.mT)
+    # Columns that cancel each other do so in the product with R, where their Gram matrix would not.
+    fo, all_out = P @ outside, (torch.linalg.qr(B, mode="r")[1] @ outside).square().sum()
     rest = torch.stack([fo.square().sum(), (all_out - fo.square().sum()).clamp_min(0)])
     energies = []
     for J in (before, inside):

@@ -34,6 +34,9 @@ SHIFT_LIMIT = 25.0
 SHIFT_LIMIT_HALF = 2000.0
 # Squares below this may be what is left of a sum that float32 cannot hold.
 SMALLEST_SQUARE = 1e-30
+# Of the energy of the single columns of B times rows of A: what float32 Gram matrices tell of less than
+# this is rounding, and can be 0 or negative.
+SMALLEST_ENERGY = 1e-5
 # A factor is singular whose Gram matrix, columns scaled to norm 1, has an eigenvalue below this.
 SMALLEST_CORRELATION = 1e-5
 
@@ -95,6 +98,7 @@ def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amp
     if cores.X_in is not None:
         # The fit divides by its systems; where they are singular it divides rounding errors by noise.
         computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
+    computing = torch.where(_cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
     return Amplification(computing, storing)
 
 
@@ -152,7 +156,13 @@ def shift_amplification(
     inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
     computing, storing = (squares * inverse).sqrt(), (stored * inverse).sqrt()
     unsolved = torch.isinf(shift.inverse_diagonal).any(-1) & (f > 0).any((-2, -1))
+    unsolved = unsolved | _cancels(G_B, G_A)
     return Amplification(torch.where(unsolved, math.inf, computing), storing)
+
+
+def _cancels(G_B: Tensor, G_A: Tensor) -> Tensor:
+    """(...) whether the update is so small beside its factors that nothing is known of its energy."""
+    return dot(G_B, G_A) < SMALLEST_ENERGY * (_diagonal(G_B) * _diagonal(G_A)).sum(-1)
 
 
 def squares_fit_float32(squares: Tensor) -> Tensor:
