@@ -131,7 +131,7 @@ class Guard:
         if not self.protects:
             return
         key = self.cache.key_at(path)
-        if key is None or not self.cache.unchanged(key):
+        if key is None or not self._entries.unchanged(key):
             with self._refusals(name, Path(path)):
                 self._sound(key, name)
 

@@ -50,8 +50,16 @@ class Place:
 
     def adapter(self, name="one", **options):
         folder = builders.write_adapter(self.adapters / name, **options)
-        age(folder)
+        self.age(folder)
         return folder
+
+    @staticmethod
+    def age(folder, seconds=10):
+        """Set the times of an adapter's files back: what was written just now is not remembered."""
+        for path in folder.iterdir():
+            if path.is_file() and not path.is_symlink():
+                found = path.stat()
+                os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns - seconds * 10**9))
 
     def decisions(self):
         """The audit log."""
@@ -69,7 +77,7 @@ class Place:
         return sorted(names - keys - {f"{key}.json" for key in keys})
 
     def process(self, code, *arguments, **options):
-        """Python with `g`, an opened guard, `config`, `sys` and the builders; stdin and stdout are pipes."""
+        """Python with an opened guard `g` and the builders; stdin and stdout are pipes."""
         start = (
             "import os, sys, time, json; from pathlib import Path\n"
             "import builders, torch; torch.set_num_threads(1)\n"
@@ -85,14 +93,6 @@ class Place:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             **options,
         )
-
-
-def age(folder, seconds=10):
-    """Set the times of an adapter's files back: what was written this very moment is not remembered."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
-            found = path.stat()
-            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns - seconds * 10**9))
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_named_with_file_and_key(place, changes, text):
 @pytest.mark.parametrize("content", [b"mode = ", b"\xff\xfe", b"a.b = 1\na = 2", b"[" * 5000])
 def test_what_is_no_toml(place, content):
     place.file.write_bytes(content)
-    with pytest.raises(CsuloraError, match="not readable as TOML|expected|is no key"):
+    with pytest.raises(CsuloraError, match="not readable as TOML"):
         config.load(place.file)
 
 

@@ -29,8 +29,10 @@ def test_names_of_folders(place):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../secret", "one/../../secret", "/etc", "//x", "a//b", "a/", "a\0b", "a\\b"]
-    + ["./one", "one/.", "\ud800"],
+    [
+        *("", ".", "..", "../secret", "one/../../secret", "/etc", "//x", "a//b", "a/", "a\0b"),
+        *("a\\b", "./one", "one/.", "\ud800"),
+    ],
 )
 def test_names_that_lead_elsewhere(place, name):
     (place.root / "secret").mkdir()
