@@ -171,6 +171,11 @@ def test_signed_by_a_trusted_key(place, signatures, mode):
     found = g.admit(folder, "one")
     assert found.how == "signed" and g.admit(folder, "one").how == "hit"
     g.check(found.path, "one")
+    place.age(folder)
+    g.admit(folder, "one")
+    with pytest.MonkeyPatch.context() as patch:  # nor is the folder read for each request
+        patch.setattr(sys.modules["csulora.serving.signature"], "signer", None)
+        assert g.admit(folder, "one").how == "hit"
     (found.path / WEIGHTS).write_bytes(b"x")
     assert g.again(found.path, "one") == found.path
     # A key that counts no longer takes its entries with it, by whatever name.
