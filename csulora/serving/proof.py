@@ -99,8 +99,11 @@ class Proofs:
             report = written_report(copied)
         except CsuloraError as error:
             raise _unproven(folder, str(error).replace(str(copied), str(folder))) from None
-        if not self.policy.agrees(report.settings) or report.passed_through:
-            raise _unproven(folder, "it was corrected with other settings than the server's")
+        if not self.policy.agrees(report) or report.passed_through:
+            raise _unproven(
+                folder,
+                "it was corrected with other settings, or another subspace, than the server's",
+            )
         if rank_warnings(report.totals, report.modules) and not self.config.fixed_form:
             raise RefusedError("rank error", rank_warnings(report.totals, report.modules)[0])
         origin = facts.made.get("source", {})

@@ -93,6 +93,15 @@ def with_another_subspace(place, source):
     return folder
 
 
+def with_some_directions(place, source):
+    """Of the very subspace, which leaves the update as it is everywhere else."""
+    subspace = csulora.SafetySubspace.load(place.root / "subspace.safetensors").leading(1)
+    target = place.root / "fixed"
+    csulora.correct_folder(source, subspace, target, portable=True)
+    place.age(target)
+    return target
+
+
 def without_report(place, source):
     folder = corrected(place, source)
     (folder / REPORT).unlink()
@@ -114,7 +123,7 @@ def not_portable(place, source):
     "make",
     [
         *(forged, without_source, of_a_changed_source, at_strength_0, weaker, by_patterns),
-        *(with_another_subspace, without_report, tampered, not_portable),
+        *(with_another_subspace, with_some_directions, without_report, tampered, not_portable),
     ],
 )
 def test_a_report_alone_proves_nothing(place, make, mode):
