@@ -19,6 +19,7 @@ FLOORS = [
     {"csulora.correction", "csulora.estimation", "csulora.baselines", "csulora.geometry"},
     {"csulora.folder", "csulora.verification", "csulora.sweep"},
     {"csulora.batch"},
+    {"csulora.serving"},
     {"csulora"},  # the public names
     {"csulora.integrations", "csulora.demo"},
     {"csulora.cli"},
