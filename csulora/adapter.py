@@ -31,6 +31,7 @@ from csulora.files.safetensors import (
 )
 from csulora.output import (
     REPORT,
+    SIGNATURE,
     WEIGHTS,
     Written,
     check_replaceable,
@@ -42,7 +43,8 @@ from csulora.report import Report
 from csulora.text import encodable, listed, span
 
 PICKLE = "adapter_model.bin"
-OWN = frozenset({WEIGHTS, REPORT, peft_config.FILE})
+# Of a source, not copied beside other weights, of which a signature would say nothing.
+OWN = frozenset({WEIGHTS, REPORT, SIGNATURE, peft_config.FILE})
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

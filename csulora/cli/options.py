@@ -175,6 +175,27 @@ def add_verify(commands: Commands) -> None:
     _add_json(parser.add_argument_group("what is shown"))
 
 
+def add_sign(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "sign",
+        help="sign outputs, for a guard that serves only what a key of yours signed",
+        description="Sign outputs of csulora with an Ed25519 key; each gets csulora_signature.json.",
+        examples="""
+  csulora sign --new-key ops
+  csulora sign corrected --key ops.pem""",
+    )
+    parser.add_argument(
+        "folders", nargs="*", metavar="FOLDER", help="an output, or a folder that holds some"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--key", metavar="PRIVATE.pem", help="the private key to sign with")
+    which.add_argument(
+        "--new-key", metavar="NAME", help="make a pair of keys instead: NAME.pem and NAME.pub"
+    )
+    _add_json(parser.add_argument_group("what is shown"))
+
+
 def add_demo(commands: Commands) -> None:
     parser = _command(
         commands,
@@ -207,7 +228,7 @@ def _command(commands: Commands, name: str, *, examples: str, **texts: str) -> A
 
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        return importlib.import_module(f"csulora.cli.{name}").run(arguments)
+        return importlib.import_module(f"csulora.cli.{name.replace('-', '_')}").run(arguments)
 
     return run
 
