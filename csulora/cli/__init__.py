@@ -98,5 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_sweep(commands)
     options.add_verify(commands)
     options.add_sign(commands)
+    options.add_serve_check(commands)
     options.add_demo(commands)
     return parser

@@ -9,6 +9,7 @@ from typing import Any
 
 from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
+from csulora.cli.serving_options import add_check
 from csulora.cli.sweep_options import add_evaluation, add_grid
 from csulora.pipeline.backend import BACKENDS
 from csulora.settings import FORMS
@@ -193,6 +194,22 @@ def add_sign(commands: Commands) -> None:
     which.add_argument(
         "--new-key", metavar="NAME", help="make a pair of keys instead: NAME.pem and NAME.pub"
     )
+    _add_json(parser.add_argument_group("what is shown"))
+
+
+def add_serve_check(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "serve-check",
+        help="say what a server would refuse, or whether a running one is guarded",
+        description="Decide about adapter folders as a guarded server would, and throw the results away; "
+        "or ask a running server with --url whether it is guarded.",
+        examples="""
+  csulora serve-check --config csulora.toml --max-lora-rank 64
+  csulora serve-check my-adapter --config csulora.toml --stack sglang
+  csulora serve-check --url http://localhost:8000 --api-key-env VLLM_API_KEY""",
+    )
+    add_check(parser)
     _add_json(parser.add_argument_group("what is shown"))
 
 
