@@ -345,11 +345,11 @@ def test_saving_by_hand_beside_a_call_goes_through(adapter, loaded, out, monkeyp
     reached, go = threading.Event(), threading.Event()
     copy = companions.copy_file
 
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         if threading.current_thread().name.startswith("saving"):
             reached.set()
             assert go.wait(60)
-        copy(*arguments)
+        copy(*arguments, **options)
 
     monkeypatch.setattr(companions, "copy_file", slowly)
     with ThreadPoolExecutor(1, "saving") as saving, ThreadPoolExecutor(1) as asking:
