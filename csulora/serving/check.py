@@ -12,7 +12,7 @@ from csulora.files.json import read_json
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.serving.canary import Stack
-from csulora.serving.config import ServingConfig
+from csulora.serving.config import Mode, ServingConfig
 from csulora.serving.forms import MAX_RANKS
 from csulora.serving.guard import Admitted, Guard
 from csulora.serving.refused import RefusedError
@@ -62,7 +62,7 @@ class Finding:
 
 def server_config(config: ServingConfig, stack: Stack) -> ServingConfig:
     """A configuration as a server of this stack would use it when it protects."""
-    mode = "require" if config.mode == "require" else "correct"
+    mode: Mode = "require" if config.mode == "require" else "correct"
     # SGLang reads no scaling but lora_alpha / r, so its guard knows no other form.
     return replace(config, mode=mode, portable=config.portable or stack == "sglang")
 
@@ -77,8 +77,8 @@ def check_folder(
 ) -> Finding:
     """Let a guard decide about an adapter folder, with a cache that is thrown away.
 
-    config: of `server_config`. max_rank: the server's max_lora_rank; None: that of the configuration, else
-    no limit. Raises CsuloraError where no guard can stand.
+    config: of `server_config`. max_rank: the server's max_lora_rank; None: that of the configuration,
+    else no limit. Raises CsuloraError where no guard can stand.
     """
     with tempfile.TemporaryDirectory(prefix="csulora-serve-check-") as cache:
         guard = Guard(replace(config, cache=Path(cache), cache_bytes=None, audit=None))

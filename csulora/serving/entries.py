@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csulora.adapter import LoraAdapter
+from csulora.errors import CsuloraError
 from csulora.folder import correct_folder
 from csulora.report import Report, rank_warnings
 from csulora.serving.cache import Cache, Record
@@ -66,6 +67,23 @@ class Entries:
             )
         method, rank = pick(facts.ranks, self._config, limit)
         return self._corrected(facts, adapter, method, rank)
+
+    def in_memory(self, adapter: LoraAdapter, limit: int | None) -> tuple[LoraAdapter, Method, int]:
+        """An adapter that came without a folder, corrected; with its settings and its largest rank.
+
+        Raises RefusedError.
+        """
+        if self._config.mode == "require":
+            raise RefusedError(
+                "not corrected", "came as tensors, of which this server cannot know what they are"
+            )
+        method, rank = pick(self.sources.ranks(adapter), self._config, limit)
+        (result,) = self._policy.recipe(method).correct([adapter], self._subspace)
+        if isinstance(result, CsuloraError):
+            raise RefusedError("source", str(result))
+        corrected, report = result
+        self._check(report, method)
+        return corrected, method, rank
 
     def sound(self, key: str) -> Entry:
         """An entry by its key, made anew where it is damaged and its source is still the same.

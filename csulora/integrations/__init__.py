@@ -1,0 +1,1 @@
+"""csulora inside other programs: serving stacks and PEFT."""
