@@ -1,8 +1,8 @@
 """The guard in SGLang: hooks around the two functions by which a scheduler gets an adapter.
 
-SGLang scales every update by lora_alpha / r and reads neither patterns nor the rsLoRA flag, so that only the
-portable form means in it what it means in PEFT. It reads whatever weights lie in a folder; entries of the
-guard's cache hold one file of them. Loading happens in the scheduler, while its requests wait.
+SGLang scales every update by lora_alpha / r and reads neither patterns nor the rsLoRA flag, so that only
+the portable form means in it what it means in PEFT. It reads whatever weights lie in a folder; entries of
+the guard's cache hold one file of them. Loading happens in the scheduler, while its requests wait.
 """
 
 from __future__ import annotations
