@@ -91,7 +91,7 @@ class Sources:
         return None
 
     def ranks(self, adapter: LoraAdapter) -> dict[Form, int]:
-        """The largest rank of the result in each form. Raises RefusedError for another model's subspace."""
+        """The largest rank of the result in each form. Raises RefusedError where none fits the model."""
         try:
             return ranks(adapter, self._subspace, self._config)
         except CsuloraError as error:

@@ -1,7 +1,7 @@
 """As much of SGLang as loads an adapter, written after its release 0.5.23, for machines without it.
 
-What counts is kept: every weights file of a folder is read, the scale is lora_alpha / r, and whatever goes
-wrong becomes a result that says so.
+What counts is kept: every weights file of a folder is read, the scale is lora_alpha / r, and whatever
+goes wrong becomes a result that says so.
 """
 
 import ast
@@ -15,6 +15,7 @@ from enum import Enum
 from functools import wraps
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -119,7 +120,7 @@ class HookType(Enum):
 class HookRegistry:
     """Registers by name and applies later, as SGLang does; what cannot be applied is passed over."""
 
-    hooks: list = []
+    hooks: ClassVar[list] = []
 
     @classmethod
     def register(cls, target, hook, hook_type):

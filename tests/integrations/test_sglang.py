@@ -17,6 +17,10 @@ from csulora.integrations import sglang
 from csulora.serving import config
 
 
+GENTLE = 1.0  # the fit of form same is near then
+STRENGTHS = ("lambda_left", "lambda_right", "lambda_off")
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a subspace, and the configuration that the environment names."""
@@ -29,6 +33,7 @@ def place(tmp_path, monkeypatch):
 def configure(place, **changes):
     values = {"mode": "correct", "subspace": "subspace.safetensors", "cache": "cache"} | changes
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    lines += ["[settings]", *(f"{name} = {GENTLE}" for name in STRENGTHS)]
     (place / "csulora.toml").write_text("\n".join(lines))
 
 
@@ -62,13 +67,17 @@ def world(request, monkeypatch):
     hooks.HookRegistry.reset()
 
 
+def correction(form="exact"):
+    return csulora.Correction(form=form, **dict.fromkeys(STRENGTHS, GENTLE))
+
+
 def wanted(adapter, place, max_rank=None):
     """The corrected update of each module, dW, by the library."""
     subspace = csulora.SafetySubspace.load(place / "subspace.safetensors")
     loaded = csulora.LoraAdapter.load(adapter)
     exact = 2 * max(module.rank for module in loaded.modules.values())
     form = "exact" if max_rank is None or exact <= max_rank else "same"
-    corrected, _ = csulora.correct(loaded, subspace, csulora.Correction(form=form))
+    corrected, _ = csulora.correct(loaded, subspace, correction(form))
     return {
         name: module.scaling * module.B.double() @ module.A.double()
         for name, module in corrected.modules.items()
@@ -208,7 +217,7 @@ def test_require_takes_no_tensors_and_nothing_unproven(world, place):
     assert not result.success and "is not corrected" in result.error_message
     assert manager.loras == {}
     subspace = csulora.SafetySubspace.load(place / "subspace.safetensors")
-    csulora.correct_folder(adapter, subspace, place / "out" / "one", portable=True)
+    csulora.correct_folder(adapter, subspace, place / "out" / "one", correction(), portable=True)
     result = manager.load_lora_adapter(replaced(ref, place / "out" / "one"))
     assert result.success, result.error_message
     assert_corrected(manager.loras["id-one"], adapter, place)
@@ -240,7 +249,7 @@ def test_observe_serves_raw_and_logs(world, place):
     lines = [json.loads(line) for line in (place / "audit.jsonl").read_text().splitlines()]
     assert [line["decision"] for line in lines] == ["observed"] * 3
     one, two, three = lines
-    assert one["relative_change"] == two["relative_change"] > 0
+    assert one["relative_change"] == pytest.approx(two["relative_change"]) and two["rank"] == 8
     assert "relative_change" not in three and "LOHA" in three["text"]
 
 
@@ -263,7 +272,7 @@ def test_a_configuration_that_is_wrong_is_an_error(world, place):
 def test_a_guard_that_cannot_open_ends_the_scheduler(world, place):
     (place / "subspace.safetensors").write_bytes(b"none")
     manager = world.installed()
-    with pytest.raises(SystemExit, match="csulora: error: .*subspace.safetensors"):
+    with pytest.raises(SystemExit, match=r"csulora: error: .*subspace\.safetensors"):
         manager(max_lora_rank=8)
 
 
