@@ -99,5 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_verify(commands)
     options.add_sign(commands)
     options.add_serve_check(commands)
+    options.add_prewarm(commands)
     options.add_demo(commands)
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 
 from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
-from csulora.cli.serving_options import add_check
+from csulora.cli.serving_options import add_check, add_keys
 from csulora.cli.sweep_options import add_evaluation, add_grid
 from csulora.pipeline.backend import BACKENDS
 from csulora.settings import FORMS
@@ -186,14 +186,7 @@ def add_sign(commands: Commands) -> None:
   csulora sign --new-key ops
   csulora sign corrected --key ops.pem""",
     )
-    parser.add_argument(
-        "folders", nargs="*", metavar="FOLDER", help="an output, or a folder that holds some"
-    )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--key", metavar="PRIVATE.pem", help="the private key to sign with")
-    which.add_argument(
-        "--new-key", metavar="NAME", help="make a pair of keys instead: NAME.pem and NAME.pub"
-    )
+    add_keys(parser)
     _add_json(parser.add_argument_group("what is shown"))
 
 
@@ -210,6 +203,33 @@ def add_serve_check(commands: Commands) -> None:
   csulora serve-check --url http://localhost:8000 --api-key-env VLLM_API_KEY""",
     )
     add_check(parser)
+    _add_json(parser.add_argument_group("what is shown"))
+
+
+def add_prewarm(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "prewarm",
+        help="correct adapters into the cache of a guarded server",
+        description="Fill the cache of a guarded server: adapters of its folders, or those named.",
+        examples="""
+  csulora prewarm --config csulora.toml --max-lora-rank 64
+  csulora prewarm my-adapter --config csulora.toml""",
+    )
+    parser.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="ADAPTER",
+        help="adapter folder, or folder or pattern of some",
+    )
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: CSULORA_CONFIG)")
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        metavar="N",
+        help="of the server (default: the configuration's)",
+    )
+    _add_jobs(parser)
     _add_json(parser.add_argument_group("what is shown"))
 
 
@@ -307,12 +327,7 @@ def _add_batch(group: Group) -> None:
 def _add_running(group: Group) -> None:
     _add_backend(group)
     _add_device(group)
-    group.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="adapters corrected at once (default: one a core; with --device cuda one)",
-    )
+    _add_jobs(group, "; with --device cuda one")
     group.add_argument(
         "--batch-bytes",
         type=_size,
@@ -361,6 +376,11 @@ def _add_device(group: Group) -> None:
     group.add_argument(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: auto)"
     )
+
+
+def _add_jobs(group: Group, exception: str = "") -> None:
+    text = f"adapters corrected at once (default: one a core{exception})"
+    group.add_argument("--jobs", type=int, metavar="N", help=text)
 
 
 def _add_json(group: Group) -> None:

@@ -1,10 +1,22 @@
-"""The options of commands about serving: what is checked, and which server is asked."""
+"""The options of commands about serving: what is signed, what is checked, and which server is asked."""
 
 from __future__ import annotations
 
 from typing import Any
 
 STACKS = ("vllm", "sglang")
+
+
+def add_keys(parser: Any) -> None:
+    """What `csulora sign` accepts."""
+    parser.add_argument(
+        "folders", nargs="*", metavar="FOLDER", help="an output, or a folder that holds some"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--key", metavar="PRIVATE.pem", help="the private key to sign with")
+    which.add_argument(
+        "--new-key", metavar="NAME", help="make a pair of keys instead: NAME.pem and NAME.pub"
+    )
 
 
 def add_check(parser: Any) -> None:

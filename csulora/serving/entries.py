@@ -39,14 +39,21 @@ class Entries:
         self._policy = Policy(config, subspace)
         self.sources = Sources(config, subspace)
         self._proofs = Proofs(config, subspace, self._policy, self.sources)
+        self._trusted: set[str] = (
+            set()
+        )  # keys of entries that may be served under this configuration
         self._refused: dict[str, RefusedError] = {}  # by key: what only a correction shows
+
+    def unchanged(self, key: str) -> bool:
+        """Whether an entry that was given out has the same files: three stats."""
+        return key in self._trusted and self._cache.unchanged(key)
 
     def of(self, facts: Facts, limit: int | None) -> Entry | None:
         """The entry of an adapter that is there already. Raises RefusedError where none can be."""
         for key in self._keys(facts, limit):
             record = self._cache.find(key)
             if record is not None:
-                return Entry(key, record)
+                return self._entry(key, record)
             if key in self._refused:
                 raise RefusedError(self._refused[key].reason, str(self._refused[key]))
         return None
@@ -92,7 +99,7 @@ class Entries:
         """
         record = self._cache.find(key)
         if record is not None and self._proofs.trusts(record):
-            return Entry(key, record)
+            return self._entry(key, record)
         before = record or self._cache.remembered(key)
         if before is None:
             raise RefusedError(
@@ -169,8 +176,14 @@ class Entries:
         with self._cache.making(key):
             record = self._cache.find(key)
             if record is not None:
-                return Entry(key, record)
-            return Entry(key, self._cache.put(key, make), how, seconds or {})
+                return self._entry(key, record)
+            return self._entry(key, self._cache.put(key, make), how, seconds)
+
+    def _entry(
+        self, key: str, record: Record, made: str = "", seconds: dict[str, float] | None = None
+    ) -> Entry:
+        self._trusted.add(key)
+        return Entry(key, record, made, seconds or {})
 
     def _repaired(self, key: str, before: Record) -> Entry:
         folder = Path(before.source)

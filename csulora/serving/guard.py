@@ -49,7 +49,8 @@ class Admitted:
     path: the folder to serve it from. key: of the cache entry that this is, None for a raw folder.
     rank: the largest of its modules, 0 where it was not looked at. form: "exact" or "same", empty where
     it is not known.
-    seconds: what "read" (with the digests), "correct" and "write" took, where they were done.
+    seconds: what "read" (with the source's digests), "digest" (of an entry that was there), "correct" and
+    "write" took, where they were done.
     """
 
     path: Path
@@ -162,7 +163,7 @@ class Guard:
         if not self.protects:
             return
         key = self.cache.key_at(path)
-        if key is None or not self.cache.unchanged(key):
+        if key is None or not self._entries.unchanged(key):
             with self._refusals(name, Path(path)):
                 self._sound(key, name)
 
@@ -205,11 +206,13 @@ class Guard:
     def _read(self, folder: Path, name: str, limit: int | None, how: How) -> Admitted:
         """`_admit`, alone with the folder."""
         facts, adapter, seconds = self._entries.sources.known(folder), None, {}
+        begin = time.perf_counter()
         if facts is None:
-            begin = time.perf_counter()
             facts, adapter = self._entries.sources.read(folder)
-            seconds = {"read": time.perf_counter() - begin}
+            seconds["read"] = time.perf_counter() - begin
+        begin = time.perf_counter()
         found = self._entries.of(facts, limit)
+        seconds["digest"] = time.perf_counter() - begin
         if found is None:
             found, how = self._entries.make(facts, adapter, limit), "waited"
         return self._decided(facts, found, how, name, seconds)

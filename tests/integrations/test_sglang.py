@@ -16,7 +16,6 @@ import csulora
 from csulora.integrations import sglang
 from csulora.serving import config
 
-
 GENTLE = 1.0  # the fit of form same is near then
 STRENGTHS = ("lambda_left", "lambda_right", "lambda_off")
 
