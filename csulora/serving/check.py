@@ -102,14 +102,14 @@ def smallest(findings: list[Finding]) -> int | None:
 
 def _smallest(guard: Guard, folder: Path, stack: Stack) -> int | None:
     """Of an adapter. Reads it no second time, and corrects it at most once in the other form."""
-    for limit in MAX_RANKS:
+    for limit in MAX_RANKS if stack == "vllm" else range(1, MAX_RANKS[-1] + 1):
         try:
-            admitted = guard.admit(folder, folder.name, max_rank=limit)
+            guard.admit(folder, folder.name, max_rank=limit)
         except RefusedError as error:
             if error.reason not in _OF_RANK:
                 return None
             continue
-        return limit if stack == "vllm" else admitted.rank  # SGLang takes any number
+        return limit
     return None
 
 
