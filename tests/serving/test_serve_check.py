@@ -9,6 +9,7 @@ import torch
 from test_canary import REFUSED, by_vllm, serving
 
 from csulora.serving import canary, config, forms
+from csulora.serving.check import server_config
 from csulora.serving.guard import Guard, RefusedError
 
 
@@ -105,6 +106,8 @@ def test_sglang_gets_the_portable_form_whatever_is_configured(capsys, place):
     builders.write_adapter(place / "in" / "one", alpha_pattern={"q_proj": 3})
     _, found, _ = check(capsys, place, "--stack", "sglang", "--max-lora-rank", 8)
     assert found["one"]["served"] and found["one"]["rank"] == 8
+    given = config.load(place / "csulora.toml")
+    assert server_config(given, "sglang").portable and not server_config(given, "vllm").portable
 
 
 @pytest.mark.parametrize("mode", ["observe", "off", "require"])
