@@ -144,7 +144,12 @@ class Entries:
                 companions=False,  # some servers read any safetensors file of a folder
             )
             assert outcome.report is not None
-            self._check(key, outcome.report, method)
+            try:
+                self._check(outcome.report, method)
+            except RefusedError as error:
+                if error.reason == "rank error":  # from now on without making it
+                    self._refused[key] = error
+                raise
             seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
             return Record.of(
                 facts.source,
@@ -206,13 +211,12 @@ class Entries:
             raise RefusedError("changed", f"{facts.source.folder}: is being changed")
         return adapter
 
-    def _check(self, key: str, report: Report, method: Method) -> None:
-        """Raise RefusedError for a result that is not to be served, from now on without making it."""
+    def _check(self, report: Report, method: Method) -> None:
+        """Raise RefusedError for a result that is not to be served."""
         if report.passed_through:
             raise RefusedError("not lora", "holds tensors that would pass uncorrected")
         if self._config.fixed_form or not isinstance(method, Correction):
             return
         warnings = rank_warnings(report.totals, report.modules)
         if warnings:
-            self._refused[key] = RefusedError("rank error", warnings[0])
-            raise self._refused[key]
+            raise RefusedError("rank error", warnings[0])
