@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from csulora.cli import build_parser
 from csulora.demo.world import REFUSAL
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +148,17 @@ def test_the_kernels_example_says_why_it_cannot_run(tmp_path):
     """No Triton, or no device for it, is no error."""
     printed = run(ROOT / "examples" / "packed_kernels.py", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert printed.startswith("the kernels cannot run here: ") and printed.count("\n") == 1
+
+
+def test_the_script_for_sglang_is_sound_as_far_as_no_gpu_is_needed():
+    """Its syntax, and its commands of csulora; it needs SGLang and a GPU to run."""
+    script = ROOT / "examples" / "serve_sglang.sh"
+    subprocess.run(["bash", "-n", script], check=True, timeout=60)
+    commands = re.findall(r"^csulora (.*)$", script.read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["serve-check", "prewarm", "serve-check"]
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command.replace("$rank", "32"))).run
+    assert f"| [{script.name}]({script.name}) |" in (ROOT / "examples" / "README.md").read_text()
 
 
 def test_every_example_is_small_and_listed():

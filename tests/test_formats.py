@@ -138,6 +138,10 @@ def test_every_option_of_the_contract_parses(tmp_path):
         " --ranks 2,4 --strengths 1,inf --eval c{adapter} --limit complied<=0.1 --maximize utility"
         " --steps 2 --jobs 2 --timeout 9 --without raw --overwrite --pass-through --device cpu --json",
         "sweep A --subspace s --out-dir o --select a{adapter} --report b{adapter}",
+        "sign A --key k.pem --json",
+        "sign --new-key k",
+        "serve-check A --config c.toml --max-lora-rank 64 --stack sglang --json",
+        "serve-check --url http://h:1 --api-key-env K --canary-dir d --timeout 9",
         "demo --out-dir d",
     ):
         assert parser.parse_args(line.split()).run

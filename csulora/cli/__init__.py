@@ -97,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_inspect(commands)
     options.add_sweep(commands)
     options.add_verify(commands)
+    options.add_sign(commands)
+    options.add_serve_check(commands)
     options.add_prewarm(commands)
     options.add_demo(commands)
     return parser

@@ -9,6 +9,7 @@ from typing import Any
 
 from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
+from csulora.cli.serving_options import add_check, add_keys
 from csulora.cli.sweep_options import add_evaluation, add_grid
 from csulora.pipeline.backend import BACKENDS
 from csulora.settings import FORMS
@@ -175,6 +176,36 @@ def add_verify(commands: Commands) -> None:
     _add_json(parser.add_argument_group("what is shown"))
 
 
+def add_sign(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "sign",
+        help="sign outputs, for a guard that serves only what a key of yours signed",
+        description="Sign outputs of csulora with an Ed25519 key; each gets csulora_signature.json.",
+        examples="""
+  csulora sign --new-key ops
+  csulora sign corrected --key ops.pem""",
+    )
+    add_keys(parser)
+    _add_json(parser.add_argument_group("what is shown"))
+
+
+def add_serve_check(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "serve-check",
+        help="say what a server would refuse, or whether a running one is guarded",
+        description="Decide about adapter folders as a guarded server would, and throw the results away; "
+        "or ask a running server with --url whether it is guarded.",
+        examples="""
+  csulora serve-check --config csulora.toml --max-lora-rank 64
+  csulora serve-check my-adapter --config csulora.toml --stack sglang
+  csulora serve-check --url http://localhost:8000 --api-key-env VLLM_API_KEY""",
+    )
+    add_check(parser)
+    _add_json(parser.add_argument_group("what is shown"))
+
+
 def add_prewarm(commands: Commands) -> None:
     parser = _command(
         commands,
@@ -234,7 +265,7 @@ def _command(commands: Commands, name: str, *, examples: str, **texts: str) -> A
 
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        return importlib.import_module(f"csulora.cli.{name}").run(arguments)
+        return importlib.import_module(f"csulora.cli.{name.replace('-', '_')}").run(arguments)
 
     return run
 

@@ -22,7 +22,7 @@ FILES = (WEIGHTS, CONFIG, REPORT)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folders = [found for argument in arguments.folders for found in _outputs(argument)]
+    folders = [found for argument in arguments.folders for found in outputs_in(argument)]
     subspace = None if arguments.subspace is None else SafetySubspace.load(arguments.subspace)
     found = []
     with progress("verifying") as report:
@@ -71,7 +71,7 @@ def _source(given: str, relative: str) -> str:
     return given if itself else below
 
 
-def _outputs(argument: str) -> Iterator[tuple[Path, str]]:
+def outputs_in(argument: str) -> Iterator[tuple[Path, str]]:
     """Folders that are, or were, outputs: any of their three files marks one; with their path below.
 
     Raises UsageError where there are none.

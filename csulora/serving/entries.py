@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csulora.adapter import LoraAdapter
+from csulora.errors import CsuloraError
 from csulora.folder import correct_folder
 from csulora.report import Report, rank_warnings
 from csulora.serving.cache import Cache, Record
@@ -74,6 +75,23 @@ class Entries:
         method, rank = pick(facts.ranks, self._config, limit)
         return self._corrected(facts, adapter, method, rank)
 
+    def in_memory(self, adapter: LoraAdapter, limit: int | None) -> tuple[LoraAdapter, Method, int]:
+        """An adapter that came without a folder, corrected; with its settings and its largest rank.
+
+        Raises RefusedError.
+        """
+        if self._config.mode == "require":
+            raise RefusedError(
+                "not corrected", "came as tensors, of which this server cannot know what they are"
+            )
+        method, rank = pick(self.sources.ranks(adapter), self._config, limit)
+        (result,) = self._policy.recipe(method).correct([adapter], self._subspace)
+        if isinstance(result, CsuloraError):
+            raise RefusedError("source", str(result))
+        corrected, report = result
+        self._check(report, method)
+        return corrected, method, rank
+
     def sound(self, key: str) -> Entry:
         """An entry by its key, made anew where it is damaged and its source is still the same.
 
@@ -126,7 +144,12 @@ class Entries:
                 companions=False,  # some servers read any safetensors file of a folder
             )
             assert outcome.report is not None
-            self._check(key, outcome.report, method)
+            try:
+                self._check(outcome.report, method)
+            except RefusedError as error:
+                if error.reason == "rank error":  # from now on without making it
+                    self._refused[key] = error
+                raise
             seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
             return Record.of(
                 facts.source,
@@ -188,13 +211,12 @@ class Entries:
             raise RefusedError("changed", f"{facts.source.folder}: is being changed")
         return adapter
 
-    def _check(self, key: str, report: Report, method: Method) -> None:
-        """Raise RefusedError for a result that is not to be served, from now on without making it."""
+    def _check(self, report: Report, method: Method) -> None:
+        """Raise RefusedError for a result that is not to be served."""
         if report.passed_through:
             raise RefusedError("not lora", "holds tensors that would pass uncorrected")
         if self._config.fixed_form or not isinstance(method, Correction):
             return
         warnings = rank_warnings(report.totals, report.modules)
         if warnings:
-            self._refused[key] = RefusedError("rank error", warnings[0])
-            raise self._refused[key]
+            raise RefusedError("rank error", warnings[0])

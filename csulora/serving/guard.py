@@ -6,11 +6,14 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
+from csulora.adapter import LoraAdapter
 from csulora.correction import decompose
 from csulora.errors import CsuloraError
 from csulora.serving import counters
@@ -25,6 +28,7 @@ from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
+from csulora_kernels import Form
 
 __all__ = ["Admitted", "Guard", "How", "RefusedError", "guard", "refusal_text"]
 
@@ -120,6 +124,34 @@ class Guard:
             if self.cache.key_at(given) is not None:
                 return self._own(given, name, limit)
             return self._admit(Path(os.path.realpath(given)), name, limit)
+
+    def admit_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        name: str,
+        *,
+        max_rank: int | None = None,
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """What to serve in place of an adapter that came without a folder: tensors and configuration.
+
+        tensors, values: as in `LoraAdapter.from_tensors`. name, max_rank: as in `admit`.
+
+        Raises RefusedError, and nothing else, for an adapter that is not served; in mode "require" for
+        every one, since nothing can be proven of it.
+        """
+        if not self.protects:
+            if self.config.mode == "observe":
+                self._observe_tensors(tensors, values, name)
+            return tensors, values
+        limit = self.config.max_lora_rank if max_rank is None else max_rank
+        with self._refusals(name, None):
+            with self._slots:
+                adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
+                found, method, rank = self._entries.in_memory(adapter, limit)
+            counters.add("corrected")
+            self._audit.line("corrected", name, settings=method.to_dict(), rank=rank)
+            return found.tensors(), found.written_config()
 
     def check(self, path: str | os.PathLike[str], name: str) -> None:
         """For every request: that a folder which `admit` gave is still what it was, for a few stats.
@@ -260,10 +292,26 @@ class Guard:
         facts, adapter = self._entries.sources.read(folder)
         if facts.made:
             return facts, {"source": facts.source.sha256, "corrected_before": True}
-        method, rank = pick(facts.ranks, self.config, self.config.max_lora_rank)
+        return facts, {"source": facts.source.sha256, **self._change(adapter, facts.ranks)}
+
+    def _observe_tensors(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], name: str
+    ) -> None:
+        """`_observe` of an adapter that came without a folder."""
+        try:
+            with self._slots:
+                adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
+                details = self._change(adapter, self._entries.sources.ranks(adapter))
+            self._audit.line("observed", name, **details)
+        except Exception as error:
+            reason = getattr(error, "reason", "unforeseen")
+            self._audit.line("observed", name, would_refuse=reason, text=error)
+
+    def _change(self, adapter: LoraAdapter, ranks: Mapping[Form, int]) -> dict[str, Any]:
+        """What a correction would change, for the log."""
+        method, rank = pick(ranks, self.config, self.config.max_lora_rank)
         total = decompose(adapter, self.subspace, method, device="cpu").totals
-        return facts, {
-            "source": facts.source.sha256,
+        return {
             "settings": method.to_dict(),
             "rank": rank,
             "form": method.form,

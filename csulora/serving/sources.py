@@ -90,6 +90,13 @@ class Sources:
                 continue
         return None
 
+    def ranks(self, adapter: LoraAdapter) -> dict[Form, int]:
+        """The largest rank of the result in each form. Raises RefusedError where none fits the model."""
+        try:
+            return ranks(adapter, self._subspace, self._config)
+        except CsuloraError as error:
+            raise RefusedError("subspace", str(error)) from None
+
     def _candidates(self, name: str) -> Iterator[Path]:
         for root in self._config.folders:
             if name and os.path.basename(name) == name and (root / name / CONFIG).is_file():
@@ -102,11 +109,7 @@ class Sources:
         rank = max((module.rank for module in adapter.modules.values()), default=0)
         if adapter.source.corrected:
             return Facts(adapter.source, adapter.made, rank, {})
-        try:
-            found = ranks(adapter, self._subspace, self._config)
-        except CsuloraError as error:
-            raise RefusedError("subspace", str(error)) from None
-        return Facts(adapter.source, {}, rank, found)
+        return Facts(adapter.source, {}, rank, self.ranks(adapter))
 
 
 def _load(folder: Path, *, portable: bool) -> LoraAdapter:
