@@ -19,8 +19,9 @@ FLOORS = [
     {"csulora.correction", "csulora.estimation", "csulora.baselines", "csulora.geometry"},
     {"csulora.folder", "csulora.verification", "csulora.sweep"},
     {"csulora.batch"},
+    {"csulora.serving"},
     {"csulora"},  # the public names
-    {"csulora.demo"},
+    {"csulora.demo", "csulora.integrations"},
     {"csulora.cli"},
     {"csulora.__main__"},
 ]
