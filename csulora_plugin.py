@@ -1,4 +1,4 @@
-"""What serving stacks load of csulora: one function each, which installs its guard where one is asked for.
+"""What serving stacks load of csulora: a function each, which installs its guard where one is wanted.
 
 A module outside of the package, and nothing but the standard library before a function is called: a stack
 whose plugin fails while it is imported starts without it, and so unguarded.
@@ -11,7 +11,8 @@ import sys
 def vllm() -> None:
     """Entry point of `vllm.general_plugins`, called in every process of a server.
 
-    Does nothing without CSULORA_CONFIG. Raises whatever keeps the guard from standing, which ends the process.
+    Does nothing without CSULORA_CONFIG. Raises whatever keeps the guard from standing: that ends the
+    process.
     """
     if "CSULORA_CONFIG" not in os.environ:
         return

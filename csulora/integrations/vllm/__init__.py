@@ -1,4 +1,4 @@
-"""Inside vLLM 0.32 and 0.33: in every process of a server, and in `LLM`, no uncorrected adapter is loaded."""
+"""Inside vLLM 0.32 and 0.33, servers and `LLM`: no process loads an uncorrected adapter."""
 
 from csulora.integrations.vllm.installation import install
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from csulora.adapter import HUB_PATTERNS
 from csulora.errors import CsuloraError
 from csulora.files.hub import resolve_source
-from csulora.serving.guard import Guard, RefusedError
+from csulora.serving.guard import Guard
 
-logger = logging.getLogger("csulora.integrations.vllm")
 T = TypeVar("T")
 
 
@@ -40,12 +39,19 @@ class Admission:
 
         Raises CsuloraError for a refused adapter.
         """
-        folder = local_folder(given)
-        admitted = self.guard.admit(folder, name, max_rank=max_rank)
         if self.observing:
-            return given
+            return self._observed(given, name, max_rank)
+        admitted = self.guard.admit(local_folder(given), name, max_rank=max_rank)
         self._served.add(str(admitted.path))
         return str(admitted.path)
+
+    def _observed(self, given: str, name: str, max_rank: int | None) -> str:
+        """The path as it is given, after the guard has looked at the adapter once."""
+        if given not in self._served:
+            self._served.add(given)
+            with contextlib.suppress(CsuloraError):  # logged by the guard, and left to vLLM
+                self.guard.admit(local_folder(given), name, max_rank=max_rank)
+        return given
 
     def named(self, name: str, max_rank: int | None) -> str | None:
         """The same for a name in the configured folders; None for an unknown one."""
@@ -57,15 +63,14 @@ class Admission:
 
         Raises CsuloraError for a refused adapter.
         """
-        if self.known(request):
-            self.guard.check(request.lora_path, request.lora_name)
-        else:
+        if not self.known(request.lora_path):
             request.lora_path = self.path(request.lora_path, request.lora_name, max_rank)
-            if self.observing:
-                self._served.add(request.lora_path)
+        elif not self.observing:
+            self.guard.check(request.lora_path, request.lora_name)
 
-    def known(self, request: Any) -> bool:
-        return request.lora_path in self._served
+    def known(self, path: str) -> bool:
+        """Whether this is a path that was admitted in this process."""
+        return path in self._served
 
     async def correcting(self, function: Callable[..., T], *arguments: Any) -> T:
         """function(*arguments), while other requests go on."""
@@ -74,7 +79,7 @@ class Admission:
 
     async def settling(self, request: Any, max_rank: int | None) -> None:
         """`settle`, while other requests go on."""
-        threads = self._checks if self.known(request) else self._corrections
+        threads = self._checks if self.known(request.lora_path) else self._corrections
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(threads, self.settle, request, max_rank)
 
@@ -88,10 +93,5 @@ def local_folder(given: str) -> Path:
     if os.path.isabs(text):
         return Path(text)
     if not os.path.exists(text) and os.environ.get("VLLM_USE_MODELSCOPE", "0") not in ("", "0"):
-        raise RefusedError("no such folder, and csulora takes nothing from ModelScope", "source")
+        raise CsuloraError(f"{text}: no such folder, and csulora takes nothing from ModelScope")
     return resolve_source(text, HUB_PATTERNS).absolute()
-
-
-def reason_of(error: CsuloraError) -> str:
-    """The code of a refusal, for a counter."""
-    return error.reason if isinstance(error, RefusedError) else "source"

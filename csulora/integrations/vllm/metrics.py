@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -44,14 +45,14 @@ def install(mode: str) -> None:
 
 def with_counters(function: Function, mode: str) -> Function:
     """`get_prometheus_registry`: the registry with csulora's counters, put there once."""
-    shown: set[int] = set()
+    shown: WeakSet[Any] = WeakSet()
     collector = Counted(mode)
 
     def get_prometheus_registry() -> Any:
         registry = function()
-        if id(registry) not in shown:
+        if registry not in shown:
             registry.register(collector)
-            shown.add(id(registry))
+            shown.add(registry)
         return registry
 
     return get_prometheus_registry
