@@ -134,3 +134,17 @@ def write_config(file: Path, **values) -> Path:
     lines += ["[settings]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def corrected(world: Path, adapter: Path, target: Path, correction=None, **options) -> Path:
+    """What `csulora.correct_folder` makes of an adapter, in the portable form if nothing else is said."""
+    subspace = csulora.SafetySubspace.load(world / "subspace.safetensors")
+    options = {"portable": True} | options
+    csulora.correct_folder(adapter, subspace, target, correction, **options)
+    return target
+
+
+def decisions(audit: Path, decision: str) -> list[dict]:
+    """The lines of an audit log with one decision."""
+    lines = [json.loads(line) for line in audit.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["decision"] == decision]
