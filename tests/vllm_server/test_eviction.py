@@ -1,4 +1,4 @@
-"""Adapters that are read again and again, whose files vanish or change: the engine lives, nothing is raw."""
+"""Adapters that are read again, whose files vanish or change: the engine lives, nothing raw is served."""
 
 import shutil
 

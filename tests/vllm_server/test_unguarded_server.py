@@ -1,4 +1,4 @@
-"""A server that the guard is kept out of: what it makes of csulora's outputs, and that this is noticed."""
+"""A server that the guard is kept out of: what it makes of outputs, and that its lack is noticed."""
 
 import pytest
 import torch
