@@ -31,6 +31,7 @@ from csulora.files.safetensors import (
 )
 from csulora.output import (
     REPORT,
+    SIGNATURE,
     WEIGHTS,
     Written,
     check_replaceable,
@@ -42,7 +43,8 @@ from csulora.report import Report
 from csulora.text import encodable, listed, span
 
 PICKLE = "adapter_model.bin"
-OWN = frozenset({WEIGHTS, REPORT, peft_config.FILE})
+# Of a source, not copied beside other weights, of which a signature would say nothing.
+OWN = frozenset({WEIGHTS, REPORT, SIGNATURE, peft_config.FILE})
 HUB_PATTERNS = ["*"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -261,27 +263,37 @@ class LoraAdapter:
 
 
 def write_folder(
-    adapter: LoraAdapter, folder: Path, *, overwrite: bool, report: Mapping[str, Any] | None
+    adapter: LoraAdapter,
+    folder: Path,
+    *,
+    overwrite: bool,
+    report: Mapping[str, Any] | None,
+    durable: bool = True,
+    companions: bool = True,
 ) -> Written:
-    """`LoraAdapter.save`, and what a report says of it."""
+    """`LoraAdapter.save`, and what a report says of it; durable and companions as in `correct_folder`."""
     if adapter.source is not None:
         check_apart(folder, adapter.source.folder)
     check_replaceable(folder)
-    with writing(folder), whole_folder(folder, overwrite=overwrite) as temporary:
+    whole = whole_folder(folder, overwrite=overwrite, durable=durable)
+    with writing(folder), whole as temporary:
         left_out: list[str] = []
         mode = config_mode = None
         if adapter.source is not None:
             origin = adapter.source.folder
-            left_out = copy_companions(origin, temporary, adapter.nbytes, OWN)
+            if companions:
+                left_out = copy_companions(origin, temporary, adapter.nbytes, OWN, durable=durable)
             mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
         config = json_bytes(adapter.written_config())
         metadata = metadata_of(adapter.made)
-        digest = write_safetensors(temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode)
-        write_bytes(temporary / peft_config.FILE, config, mode=config_mode)
+        digest = write_safetensors(
+            temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode, durable=durable
+        )
+        write_bytes(temporary / peft_config.FILE, config, mode=config_mode, durable=durable)
         written = Written(digest, hashlib.sha256(config).hexdigest(), left_out)
         if report is not None:
             rows = json_rows({**report, **written.in_report()})
-            write_bytes(temporary / REPORT, rows, mode=mode)
+            write_bytes(temporary / REPORT, rows, mode=mode, durable=durable)
     return written
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,7 @@ from csulora.pipeline.plan import other_model
 from csulora.report import Report
 from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
+from csulora.text import listed
 
 Existing = Literal["refuse", "overwrite", "resume", "refresh"]
 EXISTING: tuple[str, ...] = get_args(Existing)
@@ -99,7 +101,7 @@ class Recipe:
 
 
 def correct_folder(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | LoraAdapter,
     subspace: SafetySubspace,
     target: str | os.PathLike[str],
     correction: Method | None = None,
@@ -112,6 +114,8 @@ def correct_folder(
     strict_base: bool = False,
     backend: str = "auto",
     device: str = "auto",
+    durable: bool = True,
+    companions: bool = True,
 ) -> Outcome:
     """Correct an adapter folder (or hub id) into the folder `target`, whole or not at all.
 
@@ -119,10 +123,14 @@ def correct_folder(
     others wait and get its result. Their lock is a hidden file beside `target`.
 
     Args:
+        source: or what `LoraAdapter.load` read from one, which is not read again.
         existing: what to do about a target that is there already. "refresh" recognises it as up to date
             if it was made of this very source, subspace and settings, and makes it anew otherwise;
             "resume" raises ChangedError then; "overwrite" always makes it anew; "refuse" raises
             ExistsError.
+        durable: fsync what is written. Without it a machine that stops may lose or spoil an output,
+            for caches that check what they find.
+        companions: copy the other files of the source, too.
         The rest as in `csulora.correct` and `LoraAdapter.load`.
 
     Returns an outcome with the whole report, of status "corrected" or, where the target was recognised,
@@ -141,7 +149,7 @@ def correct_folder(
         backend,
         device,
     )
-    wish = _Wish.of(source, target, recipe, subspace, existing)
+    wish = _Wish.of(source, target, recipe, subspace, existing, durable, companions)
     found = wish.glance()
     if found is not None:
         return wish.recognised(found)
@@ -246,27 +254,38 @@ class _Wish:
     recipe: Recipe
     made: dict[str, Any]
     existing: Existing
+    durable: bool
+    companions: bool
+    loaded: LoraAdapter | None  # the source, where it is in memory already
 
     @classmethod
     def of(
         cls,
-        source: str | os.PathLike[str],
+        source: str | os.PathLike[str] | LoraAdapter,
         target: str | os.PathLike[str],
         recipe: Recipe,
         subspace: SafetySubspace,
         existing: Existing,
+        durable: bool,
+        companions: bool,
     ) -> _Wish:
-        given, output = os.fspath(source), os.fspath(target)
+        loaded = source if isinstance(source, LoraAdapter) else None
+        given, output = os.fspath(_folder_of(source)), os.fspath(target)
         if "\0" in output or Path(output).name in ("", ".."):
             raise UsageError(f"{output!r}: cannot be the name of an output folder")
         absolute, path = Path(output).absolute(), resolve_source(given, HUB_PATTERNS).absolute()
         check_apart(absolute, path)
         made = recipe.provenance(subspace)
-        return cls(given, path, folder_name(given), absolute, recipe, made, existing)
+        name = folder_name(given) if loaded is None or loaded.source is None else loaded.source.name
+        return cls(
+            *(given, path, name, absolute, recipe, made, existing, durable, companions, loaded)
+        )
 
     @cached_property
     def source(self) -> Source:
         """Read when it is first asked for, and once."""
+        if self.loaded is not None and self.loaded.source is not None:
+            return self.loaded.source
         return identify(self.path, name=self.name)
 
     def standing(self, *, joined: bool = False) -> Report | None:
@@ -288,15 +307,26 @@ class _Wish:
         return None
 
     def make(self, subspace: SafetySubspace) -> Outcome:
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         # Only what was looked at may be replaced, not what appears in the meantime.
         replaces = self.existing == "overwrite" or os.path.lexists(self.target)
-        adapter = self.recipe.load(self.path, name=self.name)
+        adapter = self._adapter()
+        times.append(time.perf_counter())
         (result,) = self.recipe.correct([adapter], subspace)
         if isinstance(result, CsuloraError):
             raise result
         corrected, report = result
-        written = write_folder(corrected, self.target, overwrite=replaces, report=report.to_dict())
+        times.append(time.perf_counter())
+        written = write_folder(
+            corrected,
+            self.target,
+            overwrite=replaces,
+            report=report.to_dict(),
+            durable=self.durable,
+            companions=self.companions,
+        )
+        times.append(time.perf_counter())
+        steps = (end - begin for begin, end in pairwise(times))
         return Outcome(
             self.given,
             self.target,
@@ -304,10 +334,20 @@ class _Wish:
             report=replace(report, **written.in_report()),
             left_out=tuple(written.left_out),
             totals=report.totals,
-            seconds=time.perf_counter() - start,
+            seconds=times[-1] - times[0],
             bytes_in=adapter.nbytes,
             bytes_out=os.path.getsize(self.target / WEIGHTS),
+            steps=dict(zip(("read", "correct", "write"), steps, strict=True)),
         )
+
+    def _adapter(self) -> LoraAdapter:
+        if self.loaded is None:
+            return self.recipe.load(self.path, name=self.name)
+        # The portable form refuses them itself, but for copies of base weights, which it goes without.
+        if self.loaded.passed_through and not (self.recipe.pass_through or self.recipe.portable):
+            names = listed(self.loaded.passed_through)
+            raise CsuloraError(f"{self.path}: not LoRA updates on linear weights: {names}")
+        return self.loaded
 
     def recognised(self, report: Report) -> Outcome:
         return Outcome(
@@ -318,3 +358,12 @@ class _Wish:
             left_out=tuple(report.left_out),
             totals=report.totals,
         )
+
+
+def _folder_of(source: str | os.PathLike[str] | LoraAdapter) -> str | os.PathLike[str]:
+    """Where a source lies; raises UsageError for an adapter that was not read from a folder."""
+    if not isinstance(source, LoraAdapter):
+        return source
+    if source.source is None:
+        raise UsageError("an adapter from memory lies in no folder; use csulora.correct and save")
+    return source.source.folder

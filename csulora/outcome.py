@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ class Outcome:
         size fits in memory, and None unless corrected.
     totals: the energies of the whole adapter; None if it failed.
     seconds: spent on reading, correcting and writing it, waiting left out.
+    steps: the same for "read", "correct" and "write" apart, where one folder was made on its own.
     bytes_in, bytes_out: sizes of its weights before and after, 0 where nothing was read or written.
     """
 
@@ -49,3 +51,4 @@ class Outcome:
     seconds: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
+    steps: Mapping[str, float] = field(default_factory=dict)

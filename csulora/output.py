@@ -23,6 +23,7 @@ from csulora.version import MADE_BY
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "csulora_report.json"
+SIGNATURE = "csulora_signature.json"  # of weights and configuration, by csulora.serving.signature
 KEY = "csulora"  # of the mark
 # What report and mark say of how an output was made, in words.
 PARTS = {

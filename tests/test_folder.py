@@ -345,11 +345,11 @@ def test_saving_by_hand_beside_a_call_goes_through(adapter, loaded, out, monkeyp
     reached, go = threading.Event(), threading.Event()
     copy = companions.copy_file
 
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         if threading.current_thread().name.startswith("saving"):
             reached.set()
             assert go.wait(60)
-        copy(*arguments)
+        copy(*arguments, **options)
 
     monkeypatch.setattr(companions, "copy_file", slowly)
     with ThreadPoolExecutor(1, "saving") as saving, ThreadPoolExecutor(1) as asking:
@@ -452,3 +452,40 @@ def test_an_output_that_cannot_be_locked_is_still_recognised(adapter, loaded, tm
             csulora.correct_folder(adapter, loaded, out, Correction(lambda_off=3))
     finally:
         out.parent.chmod(0o700)
+
+
+def test_without_fsync_and_other_files_for_caches(adapter, loaded, out, tmp_path, monkeypatch):
+    csulora.correct_folder(adapter, loaded, tmp_path / "durable")
+    monkeypatch.setattr(os, "fsync", lambda file: pytest.fail("fsync"))
+    outcome = csulora.correct_folder(adapter, loaded, out, durable=False, companions=False)
+    assert names(out) == [CONFIG, WEIGHTS, REPORT]
+    for name in (CONFIG, WEIGHTS):
+        assert (out / name).read_bytes() == (tmp_path / "durable" / name).read_bytes()
+    assert outcome.steps.keys() == {"read", "correct", "write"}
+    assert sum(outcome.steps.values()) == pytest.approx(outcome.seconds)
+    assert csulora.correct_folder(adapter, loaded, tmp_path / "o", durable=False).output.is_dir()
+
+
+def test_an_adapter_in_memory_is_not_read_again(adapter, loaded, out, tmp_path, monkeypatch):
+    expected = csulora.correct_folder(adapter, loaded, tmp_path / "read")
+    read = csulora.LoraAdapter.load(adapter, pass_through=True)
+    monkeypatch.setattr(folder, "identify", None)
+    monkeypatch.setattr(csulora.LoraAdapter, "load", None)
+    outcome = csulora.correct_folder(read, loaded, out)
+    assert builders.tree(out) == builders.tree(tmp_path / "read")
+    assert outcome.report == expected.report
+    assert csulora.correct_folder(read, loaded, out).status == "skipped"
+
+
+def test_adapters_in_memory_that_do_not_do(adapter, loaded, out):
+    read = csulora.LoraAdapter.load(adapter)
+    plain = csulora.LoraAdapter.from_tensors(read.tensors(), read.config)
+    with pytest.raises(UsageError, match="lies in no folder"):
+        csulora.correct_folder(plain, loaded, out)
+    builders.edit_tensors(
+        adapter / WEIGHTS, lambda tensors: tensors.update(odd=tensors[min(tensors)].clone())
+    )
+    read = csulora.LoraAdapter.load(adapter, pass_through=True)
+    with pytest.raises(CsuloraError, match="not LoRA updates on linear weights: odd"):
+        csulora.correct_folder(read, loaded, out)
+    assert not out.exists()

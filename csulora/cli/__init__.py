@@ -97,5 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_inspect(commands)
     options.add_sweep(commands)
     options.add_verify(commands)
+    options.add_prewarm(commands)
     options.add_demo(commands)
     return parser

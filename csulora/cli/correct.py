@@ -137,12 +137,13 @@ def _call(arguments: argparse.Namespace) -> Call:
         out_dir=_out_dir(arguments.out_dir),
         recipe=recipe,
         existing=existing,
-        jobs=(_cores() if on_cpu else 1) if arguments.jobs is None else arguments.jobs,
+        jobs=(cores() if on_cpu else 1) if arguments.jobs is None else arguments.jobs,
         batch_bytes=arguments.batch_bytes,
     )
 
 
-def _cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

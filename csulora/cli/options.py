@@ -175,6 +175,33 @@ def add_verify(commands: Commands) -> None:
     _add_json(parser.add_argument_group("what is shown"))
 
 
+def add_prewarm(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "prewarm",
+        help="correct adapters into the cache of a guarded server",
+        description="Fill the cache of a guarded server: adapters of its folders, or those named.",
+        examples="""
+  csulora prewarm --config csulora.toml --max-lora-rank 64
+  csulora prewarm my-adapter --config csulora.toml""",
+    )
+    parser.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="ADAPTER",
+        help="adapter folder, or folder or pattern of some",
+    )
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: CSULORA_CONFIG)")
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        metavar="N",
+        help="of the server (default: the configuration's)",
+    )
+    _add_jobs(parser)
+    _add_json(parser.add_argument_group("what is shown"))
+
+
 def add_demo(commands: Commands) -> None:
     parser = _command(
         commands,
@@ -269,12 +296,7 @@ def _add_batch(group: Group) -> None:
 def _add_running(group: Group) -> None:
     _add_backend(group)
     _add_device(group)
-    group.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="adapters corrected at once (default: one a core; with --device cuda one)",
-    )
+    _add_jobs(group, "; with --device cuda one")
     group.add_argument(
         "--batch-bytes",
         type=_size,
@@ -323,6 +345,11 @@ def _add_device(group: Group) -> None:
     group.add_argument(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: auto)"
     )
+
+
+def _add_jobs(group: Group, exception: str = "") -> None:
+    text = f"adapters corrected at once (default: one a core{exception})"
+    group.add_argument("--jobs", type=int, metavar="N", help=text)
 
 
 def _add_json(group: Group) -> None:

@@ -28,7 +28,9 @@ _TRAINING = re.compile(
 _TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
 
-def copy_companions(source: Path, target: Path, weights: int, apart: Collection[str]) -> list[str]:
+def copy_companions(
+    source: Path, target: Path, weights: int, apart: Collection[str], *, durable: bool = True
+) -> list[str]:
     """Copy the other files of a source with so many bytes of weights; the names of those left out."""
     copied, folders, left_out = _other_files(source, apart)
     limit = left = max(OTHER_BYTES, OTHER_MULTIPLE * weights)
@@ -41,7 +43,7 @@ def copy_companions(source: Path, target: Path, weights: int, apart: Collection[
                 "move what does not belong to the adapter"
             )
         make_folders((target / relative).parent)
-        copy_file(path, target / relative)
+        copy_file(path, target / relative, durable=durable)
         left -= size
     for relative in folders:
         mode = mode_of(source / relative)

@@ -46,12 +46,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def whole_folder(path: Path, *, overwrite: bool, durable: bool = True) -> Iterator[Path]:
     """A temporary folder beside `path` that is renamed onto it on success and removed on failure.
 
     With `overwrite` an existing folder is replaced, otherwise it is an error; a file or a link is never
-    replaced. What a killed run left behind is for `recover_folders`. Raises ExistsError, and CsuloraError
-    where the folder that it stands in has been replaced meanwhile, say by a link.
+    replaced. What a killed run left behind is for `recover_folders`. durable: without it no folder is
+    fsynced. Raises ExistsError, and CsuloraError where the folder that it stands in has been replaced
+    meanwhile, say by a link.
     """
     make_folders(path.parent)
     parent = os.stat(path.parent)
@@ -59,7 +60,7 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         inner = temporary / _NEW
         inner.mkdir()
         yield inner
-        for folder, _, _ in os.walk(inner):
+        for folder, _, _ in os.walk(inner) if durable else ():
             _sync_folder(folder)
         check_folder(path)
         if path.exists() and not overwrite:
@@ -70,7 +71,8 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         if not os.path.samestat(parent, os.stat(path.parent)):
             raise CsuloraError(f"{path.parent}: became another folder while this wrote to it")
         _put_in_place(temporary, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -86,17 +86,21 @@ def hash_rest(path: Path, file: FileIO, digest: Any) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Write and fsync a small file; `mode` are its permission bits, if not those of any new file."""
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bool = True) -> None:
+    """Write and fsync a small file; `mode` are its permission bits, if not those of any new file.
+
+    durable: without it there is no fsync, for what is checked before it is used.
+    """
     with open(path, "wb") as file:
         file.write(data)
-        sync(file, mode)
+        sync(file, mode, durable=durable)
 
 
-def copy_file(source: Path, destination: Path) -> None:
+def copy_file(source: Path, destination: Path, *, durable: bool = True) -> None:
     """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
 
-    Holes are left out, so that a copy takes no more of the disk than its source.
+    Holes are left out, so that a copy takes no more of the disk than its source. durable: as in
+    `write_bytes`.
     """
     with reading(source):
         reader = open_regular(source)
@@ -107,7 +111,7 @@ def copy_file(source: Path, destination: Path) -> None:
         if stamp(os.fstat(reader.fileno())) != stamp(found):
             raise changed(source)
         writer.truncate(found.st_size)
-        sync(writer, permissions(found))
+        sync(writer, permissions(found), durable=durable)
 
 
 def permissions(found: os.stat_result) -> int:
@@ -123,12 +127,13 @@ def mode_of(path: Path) -> int | None:
         return None
 
 
-def sync(file: Any, mode: int | None = None) -> None:
+def sync(file: Any, mode: int | None = None, *, durable: bool = True) -> None:
     """Make what was written to an open file durable, and before that its permission bits, if given."""
     file.flush()
     if mode is not None:
         os.fchmod(file.fileno(), mode)
-    os.fsync(file.fileno())
+    if durable:
+        os.fsync(file.fileno())
 
 
 def stamp(found: os.stat_result) -> tuple[int, ...]:

@@ -239,17 +239,18 @@ def write_safetensors(
     metadata: Mapping[str, str],
     *,
     mode: int | None = None,
+    durable: bool = True,
 ) -> str:
     """Write and fsync one safetensors file; the hex sha256 of what was written.
 
-    mode: as in `csulora.files.plain.write_bytes`.
+    mode, durable: as in `csulora.files.plain.write_bytes`.
     """
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for chunk in safetensors_chunks(tensors, metadata):
             digest.update(chunk)
             file.write(chunk)
-        sync(file, mode)
+        sync(file, mode, durable=durable)
     return digest.hexdigest()
 
 

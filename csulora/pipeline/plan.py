@@ -76,7 +76,7 @@ class Plan(NamedTuple):
             raise CsuloraError(
                 f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
             )
-        left_out = _base_copies(source) if portable else ()
+        left_out = base_copies(source) if portable else ()
         kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
         if portable and kept:
             raise CsuloraError(
@@ -132,7 +132,7 @@ class Plan(NamedTuple):
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype
 
 
-def _base_copies(source: LoraAdapter) -> tuple[str, ...]:
+def base_copies(source: LoraAdapter) -> tuple[str, ...]:
     """What PEFT's `save_embedding_layers` adds for a LoRA on the output head: the base weight.
 
     PEFT never trains it, and servers have it; its shape is that of the update, which has to fit the base.

@@ -1,1 +1,1 @@
-"""What a serving stack asks before it takes an adapter: configuration, cache of corrected adapters, guard."""
+"""What a serving stack asks before it takes an adapter, and the cache of corrected adapters behind it."""

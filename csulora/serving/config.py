@@ -41,7 +41,7 @@ class ServingConfig:
         for each adapter.
     folders: where names of requests, and sources of corrected folders, are looked for.
     cache_bytes: what the cache is kept within, None: no limit.
-    portable: write the form that all stacks read alike; otherwise the configuration stays as the source's.
+    portable: write the form that all stacks read alike; otherwise that of the source.
     dtype: of the corrected factors, None: each factor's own.
     max_lora_rank: where the stack does not tell; None: no limit.
     audit: file of the audit log, None: none.
@@ -78,8 +78,8 @@ def from_environment() -> ServingConfig | None:
 def load(path: str | os.PathLike[str]) -> ServingConfig:
     """Read a configuration; relative paths in it are relative to its folder.
 
-    Raises CsuloraError, naming file and key, for a file that cannot be read, unknown or missing keys, values
-    that cannot be, and files and folders that are not there (with mode "off" these are not looked for).
+    Raises CsuloraError, naming file and key, for a file that cannot be read, unknown or missing keys,
+    values that cannot be, and files and folders that are not there (which mode "off" does not look for).
     """
     file = Path(os.path.abspath(os.path.expanduser(path)))
     try:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from csulora.correction import decompose
 from csulora.errors import CsuloraError
-from csulora.serving.config import ServingConfig
+from csulora.serving import counters
+from csulora.serving.audit import Audit
+from csulora.serving.cache import Cache
+from csulora.serving.config import ServingConfig, from_environment
+from csulora.serving.entries import Entries, Entry
+from csulora.serving.flights import Flights
+from csulora.serving.forms import pick
+from csulora.serving.names import find_adapter
+from csulora.serving.refused import RefusedError
+from csulora.serving.sources import Facts
+from csulora.subspace import SafetySubspace
+from csulora.text import one_line
+
+__all__ = ["Admitted", "Guard", "How", "RefusedError", "guard", "refusal_text"]
 
 How = Literal["corrected", "hit", "waited", "signed", "recomputed", "raw"]
-
-
-class RefusedError(CsuloraError):
-    """An adapter that is not served. Its text says why, without the adapter's name.
-
-    reason: a short code, for counters.
-    """
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
+AT_ONCE = 2  # adapters in memory at a time: each takes several times its bytes
+_COUNTED = {"hit": "hits", "waited": "waits"}
 
 
 def refusal_text(name: str, error: CsuloraError) -> str:
     """What a client is told, on one line."""
-    raise NotImplementedError
+    return one_line(f"csulora refused {name}: {error}")
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,9 @@ class Admitted:
 
     path: the folder to serve it from. key: of the cache entry that this is, None for a raw folder.
     rank: the largest of its modules, 0 where it was not looked at. form: "exact" or "same", empty where
-    csulora did not choose it.
-    seconds: what digest, read, correct and write took, where they were done.
+    it is not known.
+    seconds: what "read" (with the source's digests), "digest" (of an entry that was there), "correct" and
+    "write" took, where they were done.
     """
 
     path: Path
@@ -48,24 +58,47 @@ class Admitted:
 
 
 class Guard:
-    """Decides for one process. All its methods may be called from any number of threads at once."""
+    """Decides for one process. All its methods may be called from any number of threads at once.
 
-    def __init__(self, config: ServingConfig) -> None:
+    at_once: how many adapters are read and corrected side by side.
+    """
+
+    def __init__(self, config: ServingConfig, *, at_once: int = AT_ONCE) -> None:
         self.config = config
+        self.cache = Cache(config.cache, config.cache_bytes)
+        self._audit = Audit(config.audit)
+        self._flights = Flights()
+        self._slots = threading.BoundedSemaphore(at_once)
+        self._observed: dict[Path, tuple[Facts, dict[str, Any]]] = {}
+        self._last: dict[Path, str] = {}  # key of what was admitted last for each raw folder
 
-    def open(self) -> None:
+    def open(self, subspace: SafetySubspace | None = None) -> None:
         """Load the subspace, check the cache's folder and heal what a kill left in it.
+
+        subspace: that of the configuration, where it is in memory already.
 
         Raises CsuloraError; the stack must not start then.
         """
-        raise NotImplementedError
+        if self.config.mode == "off":
+            return
+        self._audit.check()
+        self.cache.open()
+        counters.share(self.cache.root / "counters")
+        self.subspace = subspace or SafetySubspace.load(self.config.subspace)
+        self._entries = Entries(self.config, self.subspace, self.cache)
+
+    @property
+    def protects(self) -> bool:
+        """Whether nothing uncorrected is served."""
+        return self.config.mode in ("correct", "require")
 
     def find(self, name: str) -> Path | None:
         """The adapter folder that a request's name stands for in the configured folders, None if unknown.
 
         Raises RefusedError for a name that leaves them.
         """
-        raise NotImplementedError
+        with self._refusals(name, None):
+            return find_adapter(self.config.folders, name)
 
     def admit(
         self, folder: str | os.PathLike[str], name: str, *, max_rank: int | None = None
@@ -78,7 +111,16 @@ class Guard:
         In the modes "correct" and "require" the result is always an entry of the cache. Raises
         RefusedError, and nothing else, for an adapter that is not served.
         """
-        raise NotImplementedError
+        given = Path(folder)
+        if not self.protects:
+            if self.config.mode == "observe":
+                self._observe(given, name)
+            return Admitted(given, None, 0, "", "raw")
+        limit = self.config.max_lora_rank if max_rank is None else max_rank
+        with self._refusals(name, given):
+            if self.cache.key_at(given) is not None:
+                return self._own(given, name, limit)
+            return self._admit(Path(os.path.realpath(given)), name, limit)
 
     def check(self, path: str | os.PathLike[str], name: str) -> None:
         """For every request: that a folder which `admit` gave is still what it was, for a few stats.
@@ -86,15 +128,170 @@ class Guard:
         A damaged entry is made anew from its source where that is still the same. Raises RefusedError,
         also for a folder that is no entry of the cache.
         """
-        raise NotImplementedError
+        if not self.protects:
+            return
+        key = self.cache.key_at(path)
+        if key is None or not self._entries.unchanged(key):
+            with self._refusals(name, Path(path)):
+                self._sound(key, name)
 
     def again(self, path: str | os.PathLike[str], name: str) -> Path | None:
         """For reading an adapter once more, where an exception would end the server: never raises.
 
-        None where no sound weights can be had: the stack has to serve a zero adapter, which is logged and
-        counted here.
+        A raw folder gives its corrected form, the last one known where it cannot be had anew. None where
+        no sound weights can be had: the stack has to serve a zero adapter, which is logged and counted
+        here.
         """
-        raise NotImplementedError
+        given = Path(path)
+        if not self.protects:
+            return given
+        try:
+            if self.cache.key_at(given) is None:
+                return self.admit(given, name).path
+            self.check(given, name)
+            return given
+        except RefusedError as error:
+            last = self._last.get(Path(os.path.realpath(given)))
+            with contextlib.suppress(RefusedError):
+                if last is not None:
+                    self.check(self.cache.folder(last), name)
+                    return self.cache.folder(last)
+            counters.add("zeroed")
+            self._audit.line("zeroed", name, folder=given, reason=error.reason, text=str(error))
+            return None
+
+    def _admit(self, folder: Path, name: str, limit: int | None) -> Admitted:
+        """`admit` of a folder that is none of the cache's, in the modes that protect."""
+        if folder.is_relative_to(os.path.realpath(self.cache.root)):
+            raise RefusedError("outside", "lies in csulora's cache and is no entry of it")
+        facts = self._entries.sources.known(folder)
+        found = None if facts is None else self._entries.of(facts, limit)
+        if facts is not None and found is not None:
+            return self._decided(facts, found, "hit", name)
+        with self._flights.of(folder) as waited, self._slots:
+            return self._read(folder, name, limit, "waited" if waited else "hit")
+
+    def _read(self, folder: Path, name: str, limit: int | None, how: How) -> Admitted:
+        """`_admit`, alone with the folder."""
+        facts, adapter, seconds = self._entries.sources.known(folder), None, {}
+        begin = time.perf_counter()
+        if facts is None:
+            facts, adapter = self._entries.sources.read(folder)
+            seconds["read"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        found = self._entries.of(facts, limit)
+        seconds["digest"] = time.perf_counter() - begin
+        if found is None:
+            found, how = self._entries.make(facts, adapter, limit), "waited"
+        return self._decided(facts, found, how, name, seconds)
+
+    def _decided(
+        self,
+        facts: Facts,
+        found: Entry,
+        how: How,
+        name: str,
+        seconds: dict[str, float] | None = None,
+    ) -> Admitted:
+        """The result, logged and counted."""
+        seconds = {**(seconds or {}), **found.seconds}
+        if found.made:
+            how = found.made  # type: ignore[assignment]
+        self._last[facts.source.folder] = found.key
+        counters.add(_COUNTED.get(how, how))
+        for step, value in seconds.items():
+            counters.seconds(step, value)
+        self._audit.line(
+            how,
+            name,
+            folder=facts.source.folder,
+            key=found.key,
+            source=facts.source.sha256,
+            settings=self.config.method.to_dict() | {"form": found.record.form},
+            rank=found.record.rank,
+            seconds={step: round(value, 6) for step, value in seconds.items()},
+        )
+        record = found.record
+        path = self.cache.folder(found.key)
+        return Admitted(path, found.key, record.rank, record.form, how, seconds)
+
+    def _own(self, given: Path, name: str, limit: int | None) -> Admitted:
+        """An entry of the cache that the stack names by its path."""
+        found = self._sound(self.cache.key_at(given), name)
+        record = found.record
+        if limit is not None and record.rank > limit:
+            raise RefusedError("rank", f"its rank is {record.rank}, and the server takes {limit}")
+        counters.add("hits")
+        self._audit.line("hit", name, key=found.key, rank=record.rank, form=record.form)
+        return Admitted(self.cache.folder(found.key), found.key, record.rank, record.form, "hit")
+
+    def _sound(self, key: str | None, name: str) -> Entry:
+        if key is None:
+            raise RefusedError("not corrected", "is served from no entry of csulora's cache")
+        with self._flights.of(key), self._slots:
+            found = self._entries.sound(key)
+        if found.made:
+            counters.add("repaired")
+            self._audit.line("repaired", name, key=key, folder=found.record.source)
+        return found
+
+    def _observe(self, given: Path, name: str) -> None:
+        """Log what a correction would change. Never raises: the raw adapter is served in any case."""
+        folder = Path(os.path.realpath(given))
+        try:
+            with self._flights.of(folder), self._slots:
+                facts = self._entries.sources.known(folder)
+                before = self._observed.get(folder)
+                if facts is None or before is None or before[0] != facts:
+                    facts, details = self._would_change(folder)
+                    self._observed[folder] = facts, details
+                else:
+                    details = before[1]
+            self._audit.line("observed", name, folder=folder, **details)
+        except RefusedError as error:
+            self._audit.line(
+                "observed", name, folder=folder, would_refuse=error.reason, text=str(error)
+            )
+        except Exception as error:
+            self._audit.line("observed", name, folder=folder, would_refuse="unforeseen", text=error)
+
+    def _would_change(self, folder: Path) -> tuple[Facts, dict[str, Any]]:
+        facts, adapter = self._entries.sources.read(folder)
+        if facts.made:
+            return facts, {"source": facts.source.sha256, "corrected_before": True}
+        method, rank = pick(facts.ranks, self.config, self.config.max_lora_rank)
+        total = decompose(adapter, self.subspace, method, device="cpu").totals
+        return facts, {
+            "source": facts.source.sha256,
+            "settings": method.to_dict(),
+            "rank": rank,
+            "form": method.form,
+            "relative_change": total.relative_change,
+            "relative_energy_before": total.relative_energy_before,
+            "relative_energy_after": total.relative_energy_after,
+        }
+
+    @contextlib.contextmanager
+    def _refusals(self, name: str, folder: Path | None) -> Iterator[None]:
+        """Count and log a refusal, and make one of whatever else goes wrong."""
+        try:
+            try:
+                yield
+            except RefusedError:
+                raise
+            except CsuloraError as error:
+                raise RefusedError("source", str(error)) from None
+            except Exception as error:  # a server must not fall over what nobody foresaw
+                text = f"{type(error).__name__}: {error}"
+                raise RefusedError("unforeseen", text) from error
+        except RefusedError as error:
+            counters.add("refused", error.reason)
+            self._audit.line("refused", name, folder=folder, reason=error.reason, text=str(error))
+            raise
+
+
+_guard: tuple[int, Guard | None] | None = None  # of the process with this id
+_opening = threading.Lock()
 
 
 def guard() -> Guard | None:
@@ -102,4 +299,28 @@ def guard() -> Guard | None:
 
     Raises CsuloraError for a configuration that is missing or wrong.
     """
-    raise NotImplementedError
+    global _guard
+    with _opening:
+        if _guard is not None and _guard[0] == os.getpid():
+            return _guard[1]
+        config = from_environment()
+        found = None if config is None else Guard(config)
+        if found is not None:
+            found.open(_inherited(found.config))
+        _guard = os.getpid(), found
+        return found
+
+
+def _inherited(config: ServingConfig) -> SafetySubspace | None:
+    """The subspace of the process that this one was forked from: one copy for all."""
+    before = None if _guard is None else _guard[1]
+    same = before is not None and before.config == config and config.mode != "off"
+    return before.subspace if before is not None and same else None
+
+
+def _after_fork() -> None:
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

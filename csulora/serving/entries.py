@@ -1,0 +1,204 @@
+"""How an adapter becomes an entry of the cache, and a damaged entry a sound one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from csulora.adapter import LoraAdapter
+from csulora.folder import correct_folder
+from csulora.report import Report, rank_warnings
+from csulora.serving.cache import Cache, Record
+from csulora.serving.config import ServingConfig
+from csulora.serving.forms import pick
+from csulora.serving.policy import Policy, key_of_copy
+from csulora.serving.proof import How, Proofs
+from csulora.serving.refused import RefusedError
+from csulora.serving.sources import Facts, Sources
+from csulora.settings import Correction, Method
+from csulora.subspace import SafetySubspace
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sound entry. made: how, by this call; empty where it was there. seconds: of its steps."""
+
+    key: str
+    record: Record
+    made: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Entries:
+    """What of the cache an adapter may be served from."""
+
+    def __init__(self, config: ServingConfig, subspace: SafetySubspace, cache: Cache) -> None:
+        self._config, self._subspace, self._cache = config, subspace, cache
+        self._policy = Policy(config, subspace)
+        self.sources = Sources(config, subspace)
+        self._proofs = Proofs(config, subspace, self._policy, self.sources)
+        self._trusted: set[str] = (
+            set()
+        )  # keys of entries that may be served under this configuration
+        self._refused: dict[str, RefusedError] = {}  # by key: what only a correction shows
+
+    def unchanged(self, key: str) -> bool:
+        """Whether an entry that was given out has the same files: three stats."""
+        return key in self._trusted and self._cache.unchanged(key)
+
+    def of(self, facts: Facts, limit: int | None) -> Entry | None:
+        """The entry of an adapter that is there already. Raises RefusedError where none can be."""
+        for key in self._keys(facts, limit):
+            record = self._cache.find(key)
+            if record is not None:
+                return self._entry(key, record)
+            if key in self._refused:
+                raise RefusedError(self._refused[key].reason, str(self._refused[key]))
+        return None
+
+    def make(self, facts: Facts, adapter: LoraAdapter | None, limit: int | None) -> Entry:
+        """A new entry, or that which somebody else made meanwhile.
+
+        adapter: what the facts are of, where it is in memory. Raises RefusedError.
+        """
+        if facts.made:
+            signed = self._proofs.signature(facts.source.folder)
+            if signed is None:
+                return self._copied(facts, "recomputed", self._policy.digest)
+            return self._copied(facts, "signed", signed)
+        if self._config.mode == "require":
+            raise RefusedError(
+                "not corrected", "is not corrected, and this server takes corrected adapters only"
+            )
+        method, rank = pick(facts.ranks, self._config, limit)
+        return self._corrected(facts, adapter, method, rank)
+
+    def sound(self, key: str) -> Entry:
+        """An entry by its key, made anew where it is damaged and its source is still the same.
+
+        Raises RefusedError, also for one that was made with other settings than those of now.
+        """
+        record = self._cache.find(key)
+        if record is not None and self._proofs.trusts(record):
+            return self._entry(key, record)
+        before = record or self._cache.remembered(key)
+        if before is None:
+            raise RefusedError(
+                "damaged", "its cache entry is gone, and what it was made of unknown"
+            )
+        if not self._proofs.trusts(before):
+            raise RefusedError("not corrected", "its cache entry was made with other settings")
+        return self._repaired(key, before)
+
+    def _keys(self, facts: Facts, limit: int | None) -> list[str]:
+        """Of the entries that would do for an adapter."""
+        if not facts.made:
+            method, _ = pick(facts.ranks, self._config, limit)
+            return [self._policy.key(facts.source, method)]
+        if limit is not None and facts.rank > limit:
+            raise RefusedError("rank", f"its rank is {facts.rank}, and the server takes {limit}")
+        if self._config.portable and facts.made.get("settings", {}).get("portable") is not True:
+            raise RefusedError(
+                "unproven", "was corrected, but not into the portable form, which this server needs"
+            )
+        keys = [key_of_copy(facts.source, "recomputed", self._policy.digest)]
+        signed = self._proofs.signature(facts.source.folder)
+        return keys if signed is None else [key_of_copy(facts.source, "signed", signed), *keys]
+
+    def _corrected(
+        self, facts: Facts, adapter: LoraAdapter | None, method: Method, rank: int
+    ) -> Entry:
+        seconds: dict[str, float] = {}
+
+        def make(target: Path) -> Record:
+            recipe = self._policy.recipe(method)
+            outcome = correct_folder(
+                self._loaded(facts) if adapter is None else adapter,
+                self._subspace,
+                target,
+                method,
+                dtype=recipe.dtype,
+                portable=recipe.portable,
+                backend=recipe.backend,
+                device=recipe.device,
+                durable=False,  # an entry is verified before it is used
+                companions=False,  # some servers read any safetensors file of a folder
+            )
+            assert outcome.report is not None
+            self._check(outcome.report, method)
+            seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
+            return Record.of(
+                facts.source,
+                outcome.report.output,
+                policy=self._policy.digest,
+                rank=rank,
+                form=method.form,
+                how="corrected",
+            )
+
+        key = self._policy.key(facts.source, method)
+        try:
+            return self._placed(key, make, "corrected", seconds)
+        except RefusedError as error:
+            self._refused[key] = error
+            raise
+
+    def _copied(self, facts: Facts, how: How, by: str) -> Entry:
+        key = key_of_copy(facts.source, how, by)
+        return self._placed(key, lambda target: self._proofs.copy(facts, how, by, target), how)
+
+    def _placed(
+        self,
+        key: str,
+        make: Callable[[Path], Record],
+        how: str,
+        seconds: dict[str, float] | None = None,
+    ) -> Entry:
+        with self._cache.making(key):
+            record = self._cache.find(key)
+            if record is not None:
+                return self._entry(key, record)
+            return self._entry(key, self._cache.put(key, make), how, seconds)
+
+    def _entry(
+        self, key: str, record: Record, made: str = "", seconds: dict[str, float] | None = None
+    ) -> Entry:
+        self._trusted.add(key)
+        return Entry(key, record, made, seconds or {})
+
+    def _repaired(self, key: str, before: Record) -> Entry:
+        folder = Path(before.source)
+        facts = self.sources.known(folder) or self.sources.read(folder)[0]
+        if (facts.source.sha256, facts.source.config_sha256) != before.source_digests:
+            raise RefusedError(
+                "changed", f"its cache entry is damaged, and {folder} is another now"
+            )
+        if before.how == "corrected":
+            method = replace(self._config.method, form=before.form)  # type: ignore[arg-type]
+            made = self._corrected(facts, None, method, before.rank)
+        else:
+            made = self._copied(facts, before.how, before.policy)  # type: ignore[arg-type]
+        if made.key != key:
+            raise RefusedError("damaged", "its cache entry is not of the key that it is under")
+        if self._config.mode == "require" and made.record.output_digests != before.output_digests:
+            self._cache.drop(key)
+            raise RefusedError("damaged", "its cache entry is damaged, and comes out otherwise now")
+        return replace(made, made="repaired")
+
+    def _loaded(self, facts: Facts) -> LoraAdapter:
+        """An adapter whose facts are known. Raises RefusedError where it is another by now."""
+        found, adapter = self.sources.read(facts.source.folder)
+        if found.source != facts.source:
+            raise RefusedError("changed", f"{facts.source.folder}: is being changed")
+        return adapter
+
+    def _check(self, report: Report, method: Method) -> None:
+        """Raise RefusedError for a result that is not to be served."""
+        if report.passed_through:
+            raise RefusedError("not lora", "holds tensors that would pass uncorrected")
+        if self._config.fixed_form or not isinstance(method, Correction):
+            return
+        warnings = rank_warnings(report.totals, report.modules)
+        if warnings:
+            raise RefusedError("rank error", warnings[0])

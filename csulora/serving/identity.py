@@ -1,0 +1,49 @@
+"""What tells, for a few stats, that files are still those that were read."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+
+from csulora.files.peft_config import FILE as CONFIG
+from csulora.output import WEIGHTS
+
+Identity = tuple[int, ...]
+
+# A file that changes twice within a tick of the kernel's clock may keep its times.
+_TICK_NS = 50_000_000
+
+
+def of_adapter(folder: Path) -> Identity | None:
+    """Of weights and configuration, through links; None where one is missing."""
+    try:
+        return _numbers(os.stat(folder / WEIGHTS)) + _numbers(os.stat(folder / CONFIG))
+    except OSError:
+        return None
+
+
+def of_folder(folder: Path) -> Identity | None:
+    """Of a folder and of its two files, None if one is missing or a link.
+
+    The times of a folder change with the names in it.
+    """
+    try:
+        found = [os.lstat(path) for path in (folder, folder / WEIGHTS, folder / CONFIG)]
+    except OSError:
+        return None
+    kinds = [stat.S_IFMT(one.st_mode) for one in found]
+    if kinds != [stat.S_IFDIR, stat.S_IFREG, stat.S_IFREG]:
+        return None
+    return tuple(number for one in found for number in _numbers(one))
+
+
+def is_settled(found: Identity) -> bool:
+    """Whether another change would show: the last one is not of this very moment."""
+    now = time.time_ns()
+    return all(abs(now - modified) > _TICK_NS for modified in found[3::5])
+
+
+def _numbers(found: os.stat_result) -> Identity:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,0 +1,60 @@
+"""What an entry of the cache has to have been made with, and its key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from csulora.adapter import Source
+from csulora.folder import Recipe
+from csulora.output import alike
+from csulora.serving.config import ServingConfig
+from csulora.settings import Method
+from csulora.subspace import SafetySubspace
+from csulora.version import METHOD
+
+
+class Policy:
+    """The settings of a configuration, without the form where it is chosen for each adapter."""
+
+    def __init__(self, config: ServingConfig, subspace: SafetySubspace) -> None:
+        self._config, self._subspace = config, subspace
+        self._settings = self._chosen(self.recipe(config.method).provenance(subspace)["settings"])
+        self.digest = _digest([METHOD, subspace.sha256, self._settings])
+
+    def recipe(self, method: Method) -> Recipe:
+        """How an adapter is corrected. No GPU: a server has none to spare, and none before its engine."""
+        return Recipe(
+            correction=method,
+            dtype=self._config.dtype,
+            portable=self._config.portable,
+            backend="torch",
+            device="cpu",
+        )
+
+    def agrees(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the settings that an output's report states are these."""
+        return alike(self._chosen(settings), self._settings)
+
+    def key(self, source: Source, method: Method) -> str:
+        """Of the correction of an adapter."""
+        settings = self.recipe(method).provenance(self._subspace)["settings"]
+        # Keys as they come: the order of patterns in the settings counts.
+        return _digest(
+            [METHOD, source.sha256, source.config_sha256, self._subspace.sha256, settings]
+        )
+
+    def _chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        apart = () if self._config.fixed_form else ("form",)
+        return {name: value for name, value in settings.items() if name not in apart}
+
+
+def key_of_copy(source: Source, how: str, by: str) -> str:
+    """Of the copy of a corrected folder, by what proved it."""
+    return _digest([how, by, source.sha256, source.config_sha256])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

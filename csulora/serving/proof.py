@@ -1,0 +1,112 @@
+"""What shows that a folder which says that csulora corrected it is what it says.
+
+A report proves nothing: anybody can write one. Looked at is the copy, which nobody else can change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from csulora.adapter import Source, identify
+from csulora.errors import CsuloraError
+from csulora.files.folders import inside, whole_folder
+from csulora.files.peft_config import FILE as CONFIG
+from csulora.files.plain import copy_file, sha256_file
+from csulora.output import REPORT, SIGNATURE, WEIGHTS, written_report
+from csulora.report import rank_warnings
+from csulora.serving.cache import Record
+from csulora.serving.config import ServingConfig
+from csulora.serving.policy import Policy
+from csulora.serving.refused import RefusedError
+from csulora.serving.sources import Facts, Sources
+from csulora.subspace import SafetySubspace
+from csulora.verification import verify
+
+How = Literal["signed", "recomputed"]
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What counts as a proof under one configuration."""
+
+    config: ServingConfig
+    subspace: SafetySubspace
+    policy: Policy
+    sources: Sources
+
+    def trusts(self, record: Record) -> bool:
+        """Whether an entry of the cache was made, or proven, by what counts now."""
+        if record.how == "signed":
+            return record.policy in {sha256_file(key) for key in self.config.trusted_keys}
+        return record.policy == self.policy.digest
+
+    def signature(self, folder: Path) -> str | None:
+        """Digest of the trusted key that signed a folder as it is now, None where there is none.
+
+        Raises CsuloraError where a key or a signature cannot be read.
+        """
+        if not self.config.trusted_keys:
+            return None
+        from csulora.serving.signature import signer  # needs a package of the extra "serve"
+
+        key = signer(folder, self.config.trusted_keys)
+        return None if key is None else sha256_file(Path(key))
+
+    def copy(self, facts: Facts, how: How, by: str, target: Path) -> Record:
+        """Copy a corrected folder to `target`, if it is proven. Raises RefusedError if not.
+
+        by: digest of the key that signed it, or of the settings that it is recomputed with.
+        """
+        folder = facts.source.folder
+        with whole_folder(target, overwrite=False, durable=False) as copied:
+            for name in (WEIGHTS, CONFIG, REPORT, SIGNATURE):
+                if (folder / name).exists():
+                    copy_file(inside(folder, name, folder), copied / name, durable=False)
+            found = identify(copied)
+            if _digests(found) != _digests(facts.source):
+                raise RefusedError("changed", f"{folder}: changed while it was being read")
+            if how == "signed" and self.signature(copied) != by:
+                raise RefusedError("changed", f"{folder}: its signature changed meanwhile")
+            if how == "recomputed":
+                self._recompute(facts, copied)
+        return Record.of(
+            facts.source,
+            {"sha256": found.sha256, "config_sha256": found.config_sha256},
+            policy=by,
+            rank=facts.rank,
+            form=str(facts.made.get("settings", {}).get("form", "")),
+            how=how,
+        )
+
+    def _recompute(self, facts: Facts, copied: Path) -> None:
+        """Raise RefusedError unless the copy is what its source gives with the settings of the server."""
+        folder = facts.source.folder
+        try:
+            report = written_report(copied)
+        except CsuloraError as error:
+            raise _unproven(folder, str(error).replace(str(copied), str(folder))) from None
+        if not self.policy.agrees(report.settings) or report.passed_through:
+            raise _unproven(folder, "it was corrected with other settings than the server's")
+        if rank_warnings(report.totals, report.modules) and not self.config.fixed_form:
+            raise RefusedError("rank error", rank_warnings(report.totals, report.modules)[0])
+        origin = facts.made.get("source", {})
+        source = self.sources.with_digests(
+            str(origin.get("name", "")), origin.get("sha256"), origin.get("config_sha256")
+        )
+        if source is None:
+            raise _unproven(folder, "no trusted key signed it, and its source was not found")
+        found = verify(copied, source=source, subspace=self.subspace, backend="torch", device="cpu")
+        if not found.ok:
+            raise _unproven(folder, found.problems[0])
+
+
+def _digests(source: Source) -> tuple[str, str]:
+    return source.sha256, source.config_sha256
+
+
+def _unproven(folder: Path, reason: str) -> RefusedError:
+    return RefusedError(
+        "unproven", f"{folder}: says that csulora corrected it, which is not proven: {reason}"
+    )

@@ -1,0 +1,20 @@
+"""The one error of a guard."""
+
+from __future__ import annotations
+
+from csulora.errors import CsuloraError
+
+
+class RefusedError(CsuloraError):
+    """An adapter that is not served. Its text says why, without the adapter's name.
+
+    reason: a short code, for counters: "outside" (a name that leaves the folders), "missing", "pickle",
+        "not lora" (tensors that are no update which can be corrected), "source" (files that cannot be
+        read as an adapter), "subspace" (that of another model), "rank", "rank error" (of form same),
+        "not corrected", "unproven" (says that it was corrected), "damaged" (an entry of the cache),
+        "changed" (its source, since), "unforeseen".
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason

@@ -1,0 +1,430 @@
+"""What is admitted, in which form, and that nothing uncorrected ever is."""
+
+import json
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import builders
+import pytest
+import torch
+from builders import CONFIG, LAYERS, REPORT, WEIGHTS
+from safetensors.torch import load_file
+
+import csulora
+from csulora.serving import counters, guard
+from csulora.serving.guard import RefusedError, refusal_text
+
+PREFIX = builders.PREFIX
+
+
+def refused(g, folder, **options):
+    with pytest.raises(RefusedError) as caught:
+        g.admit(folder, "name", **options)
+    return caught.value
+
+
+def test_an_entry_is_what_correct_folder_makes(place):
+    folder = place.adapter()
+    (folder / "extra.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    g = place.guard({"lambda_off": 30})
+    found = g.admit(folder, "one")
+    assert (found.how, found.rank, found.form) == ("corrected", 8, "exact")
+    assert found.path == place.cache / found.key
+    expected = place.root / "expected"
+    subspace = csulora.SafetySubspace.load(place.root / "subspace.safetensors")
+    csulora.correct_folder(
+        folder, subspace, expected, csulora.Correction(lambda_off=30), portable=True
+    )
+    entry = builders.tree(found.path)
+    # A server may read any safetensors file of a folder: nothing else is in it.
+    assert entry.keys() == {WEIGHTS, CONFIG, REPORT}
+    for name in (WEIGHTS, CONFIG):
+        assert entry[name] == (expected / name).read_bytes()
+    assert g.admit(folder, "one").how == "hit"
+    assert counters.collect()["corrected", ""] == counters.collect()["hits", ""] == 1
+
+
+def test_the_key_is_of_what_determines_the_result(place):
+    folder = place.adapter()
+    key = place.guard().admit(folder, "one").key
+    for settings, changes in (
+        ({"lambda_off": 11}, {}),
+        ({"form": "same", "lambda_off": 0.01}, {}),
+        ({}, {"method": "realign"}),
+        ({}, {"form": "keep"}),
+        ({}, {"dtype": "bfloat16"}),
+    ):
+        assert place.guard(settings, **changes).admit(folder, "one").key != key
+    assert place.guard(folders=None, audit=None).admit(folder, "another name").key == key
+    copy = shutil.copytree(folder, place.root / "copy")
+    assert place.guard().admit(copy, "copy").key == key
+    builders.edit_json(copy / CONFIG, lora_alpha=9)
+    assert place.guard().admit(copy, "copy").key != key
+    builders.edit_tensors(folder / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+    assert place.guard().admit(folder, "one").key != key
+    builders.write_subspace(place.root / "subspace.safetensors", builders.subspace_tensors(seed=1))
+    shutil.rmtree(folder)
+    assert place.guard().admit(place.adapter(), "one").key != key
+
+
+def test_the_method_number_is_in_the_key(place, monkeypatch):
+    folder = place.adapter()
+    key = place.guard().admit(folder, "one").key
+    monkeypatch.setattr("csulora.serving.policy.METHOD", 2)
+    assert place.guard().admit(folder, "one").key != key
+
+
+def test_fifty_first_requests_over_five_names_make_one_correction(place):
+    first = place.adapter()
+    folders = [first]
+    for i in range(2):
+        folders.append(shutil.copytree(first, place.adapters / f"copy{i}"))
+        folders.append(place.adapters / f"link{i}")
+        folders[-1].symlink_to(first)
+    g = place.guard()
+    with ThreadPoolExecutor(50) as pool:
+        found = list(pool.map(lambda i: g.admit(folders[i % 5], f"name{i % 5}"), range(50)))
+    assert len({one.key for one in found}) == 1
+    assert [one.how for one in found].count("corrected") == 1
+    assert [line["decision"] for line in place.decisions()].count("corrected") == 1
+    assert counters.collect()["corrected", ""] == 1
+    assert place.leftovers() == []
+
+
+def test_processes_at_once_make_one_correction(place):
+    folder = place.adapter()
+    code = "sys.stdin.read(1); print(g.admit(sys.argv[1], 'one').how)"
+    running = [place.process(code, folder) for _ in range(3)]
+    for one in running:
+        one.stdin.write("x")
+        one.stdin.flush()
+    said = sorted(one.communicate(timeout=300)[0].strip() for one in running)
+    assert said.count("corrected") == 1 and set(said) <= {"corrected", "waited", "hit"}
+    assert place.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, "exact"), (8, "exact"), (7, "same"), (4, "same")]
+)
+def test_the_form_is_exact_where_its_rank_fits(place, limit, expected):
+    """Weak strengths, so that the result is near one of rank r."""
+    folder = place.adapter()
+    settings = {"lambda_left": 0.01, "lambda_right": 0.01, "lambda_off": 0.01}
+    given = [place.guard(settings, max_lora_rank=limit).admit(folder, "one")]
+    if limit is not None:  # what the stack says counts more than the configuration
+        g = place.guard(settings, max_lora_rank=1)
+        given.append(g.admit(folder, "one", max_rank=limit))
+    for found in given:
+        assert (found.form, found.rank) == (expected, 8 if expected == "exact" else 4)
+        assert json.loads((found.path / CONFIG).read_text())["r"] == found.rank
+
+
+def test_ranks_that_do_not_fit(place):
+    folder = place.adapter()
+    assert refused(place.guard(max_lora_rank=3), folder).reason == "rank"
+    error = refused(place.guard({"form": "exact"}, max_lora_rank=7), folder)
+    assert error.reason == "rank"
+    assert str(error) == "its rank in the form exact is 8, and the server takes 7"
+    g = place.guard(method="realign", max_lora_rank=4)
+    found = g.admit(folder, "one")
+    assert (found.form, found.rank) == ("same", 4)
+    assert refused(g, found.path, max_rank=3).reason == "rank"
+
+
+def test_form_same_is_refused_above_the_commands_warning(place, monkeypatch):
+    folder = place.adapter()
+    settings = {"lambda_left": 0, "lambda_right": 0, "lambda_off": 1e4}
+    g = place.guard(settings, max_lora_rank=4)
+    error = refused(g, folder)
+    assert error.reason == "rank error" and "off the exact result" in str(error)
+    assert place.entries() == [] and place.leftovers() == []
+    monkeypatch.setattr("csulora.serving.entries.correct_folder", None)  # it is not tried again
+    assert str(refused(g, folder)) == str(error)
+    monkeypatch.undo()
+    assert place.guard(settings | {"form": "same"}, max_lora_rank=4).admit(folder, "x").rank == 4
+
+
+def unprefixed(tensors):
+    for name in list(tensors):
+        tensors[name.removeprefix(PREFIX)] = tensors.pop(name)
+
+
+def test_names_without_the_prefix_are_corrected(place):
+    plain = place.guard().admit(place.adapter("plain"), "plain")
+    folder = place.adapter("short")
+    builders.edit_tensors(folder / WEIGHTS, unprefixed)
+    found = place.guard().admit(folder, "short")
+    assert found.how == "corrected"
+    one, other = builders.effective(found.path), builders.effective(plain.path)
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name]) for name in one)
+
+
+def add(name, shape=(4,)):
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+LAYER = f"{PREFIX}{LAYERS[0]}"
+
+
+@pytest.mark.parametrize("form", ["portable", "keep"])
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (add("odd"), {}, "not lora"),
+        (add(f"{PREFIX}lm_head.weight", (32, 16)), {"modules_to_save": ["lm_head"]}, "not lora"),
+        (add(f"{PREFIX}model.embed_tokens.weight", (32, 16)), {}, "not lora"),
+        (add(f"{LAYER}.bias", (24,)), {"bias": "all"}, "not lora"),
+        (add(f"{LAYER}.lora_B.bias", (24,)), {"lora_bias": True}, "not lora"),
+        (add(f"{LAYER}.lora_magnitude_vector", (24,)), {"use_dora": True}, "not lora"),
+        (add(f"{LAYER}.lora_magnitude_vector", (24,)), {}, "source"),
+        (add(f"{LAYER}.lora_C.weight", (4, 4)), {}, "not lora"),
+        (add("model.layers.0.self_attn.k_proj.lora_a.weight"), {}, "not lora"),
+        (None, {"use_dora": True}, "not lora"),
+        (None, {"peft_type": "LOHA"}, "source"),
+        (None, {"r": 5}, "source"),
+        (lambda tensors: tensors.popitem(), {}, "source"),
+        (lambda tensors: next(iter(tensors.values())).fill_(torch.nan), {}, "source"),
+    ],
+)
+def test_what_would_pass_uncorrected_is_refused(place, form, change, config, reason):
+    folder = place.adapter()
+    builders.edit_json(folder / CONFIG, **config)
+    if change is not None:
+        builders.edit_tensors(folder / WEIGHTS, change)
+    place.age(folder)
+    g = place.guard(form=form)
+    first = refused(g, folder)
+    assert first.reason == reason
+    assert "pass-through" not in str(first)  # no option of a server
+    assert place.entries() == []
+    assert str(refused(g, folder)) == str(first)  # from memory
+    assert counters.collect()["refused", reason] == 2
+    assert refusal_text("one", first) == f"csulora refused one: {first}"
+
+
+def test_what_was_refused_is_looked_at_anew_once_it_is_another(place):
+    folder = place.adapter()
+    builders.edit_tensors(folder / WEIGHTS, add("odd"))
+    place.age(folder)
+    g = place.guard()
+    assert refused(g, folder).reason == "not lora"
+    builders.edit_tensors(folder / WEIGHTS, lambda tensors: tensors.pop("odd"))
+    assert g.admit(folder, "one").how == "corrected"
+
+
+def test_pickles_are_refused_and_left_out(place):
+    folder = place.adapter()
+    g = place.guard()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "adapter_model.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert builders.tree(g.admit(folder, "one").path).keys() == {WEIGHTS, CONFIG, REPORT}
+    (folder / WEIGHTS).unlink()
+    error = refused(g, folder)
+    assert error.reason == "pickle" and "only safetensors are read" in str(error)
+
+
+def embedding(tensors):
+    tensors[f"{PREFIX}model.embed_tokens.lora_embedding_A"] = torch.randn(4, 32)
+    tensors[f"{PREFIX}model.embed_tokens.lora_embedding_B"] = torch.randn(16, 4)
+
+
+def head(tensors):
+    tensors[f"{PREFIX}lm_head.lora_A.weight"] = torch.randn(4, 16)
+    tensors[f"{PREFIX}lm_head.lora_B.weight"] = torch.randn(32, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "portable"),
+    [(embedding, "model.embed_tokens", "source"), (head, "lm_head", "corrected")],
+)
+def test_embeddings_and_heads_only_corrected(place, change, name, portable):
+    folder = place.adapter()
+    builders.edit_tensors(folder / WEIGHTS, change)
+    place.age(folder)
+    for form in ("portable", "keep"):
+        assert refused(place.guard(form=form), folder).reason == "subspace"
+    shapes = builders.SHAPES | {name: (32, 16) if name == "lm_head" else (16, 32)}
+    tensors = builders.subspace_tensors(shapes)
+    if name != "lm_head":
+        tensors[f"{name}.U"], tensors[f"{name}.V"] = tensors[f"{name}.V"], tensors[f"{name}.U"]
+    builders.write_subspace(place.root / "subspace.safetensors", tensors)
+    found = place.guard(form="keep").admit(folder, "one")
+    raw, new = load_file(folder / WEIGHTS), load_file(found.path / WEIGHTS)
+    assert raw.keys() == new.keys()
+    assert not any(raw[n].shape == new[n].shape and torch.equal(raw[n], new[n]) for n in raw)
+    if portable == "corrected":
+        assert place.guard().admit(folder, "one").how == "corrected"
+    else:
+        assert refused(place.guard(), folder).reason == "subspace"
+
+
+def test_the_portable_form_goes_without_a_copy_of_the_head(place):
+    """PEFT writes the base weight beside LoRA on a head; it is left out, and nothing else is."""
+    folder = place.adapter()
+    copy = f"{PREFIX}lm_head.base_layer.weight"
+    builders.edit_tensors(folder / WEIGHTS, head)
+    builders.edit_tensors(folder / WEIGHTS, add(copy, (32, 16)))
+    tensors = builders.subspace_tensors(builders.SHAPES | {"lm_head": (32, 16)})
+    builders.write_subspace(place.root / "subspace.safetensors", tensors)
+    found = place.guard().admit(folder, "one")
+    names = load_file(found.path / WEIGHTS).keys()
+    assert copy not in names and f"{PREFIX}lm_head.lora_A.weight" in names
+    assert refused(place.guard(form="keep"), folder).reason == "not lora"
+    builders.edit_tensors(folder / WEIGHTS, add(f"{PREFIX}other.base_layer.weight", (32, 16)))
+    assert refused(place.guard(), folder).reason == "not lora"
+
+
+def test_folders_that_are_none(place):
+    g = place.guard()
+    file = place.root / "file"
+    file.write_text("x")
+    for given in (place.root / "nowhere", file, "org/model", "", "a\0b"):
+        assert refused(g, given).reason in ("missing", "unforeseen", "source")
+    assert refused(g, place.cache).reason == "outside"
+    assert refused(g, place.cache / "leases").reason == "outside"
+    empty = place.adapters / "empty"
+    empty.mkdir()
+    assert refused(g, empty).reason == "source"
+
+
+def test_links_out_of_an_adapter_are_refused(place):
+    folder, other = place.adapter(), place.adapter("other")
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(other / WEIGHTS)
+    error = refused(place.guard(), folder)
+    assert error.reason == "source" and "links outside its folder" in str(error)
+
+
+def test_what_nobody_foresaw_is_a_refusal(place, monkeypatch):
+    folder = place.adapter()
+    g = place.guard()
+    monkeypatch.setattr("csulora.serving.entries.correct_folder", lambda *_, **__: 1 / 0)
+    error = refused(g, folder)
+    assert error.reason == "unforeseen" and str(error).startswith("ZeroDivisionError")
+    assert place.entries() == [] and place.leftovers() == []
+    monkeypatch.undo()
+    assert g.admit(folder, "one").how == "corrected"
+
+
+def test_the_source_changes_and_its_path_stays(place):
+    folder = place.adapter()
+    g = place.guard()
+    first = g.admit(folder, "one")
+    builders.edit_tensors(folder / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+    second = g.admit(folder, "one")
+    assert second.how == "corrected" and second.path != first.path  # no stale prefix cache
+    g.check(first.path, "one")
+    g.check(second.path, "one")
+
+
+def test_require_serves_what_is_in_the_cache_and_corrects_nothing(place):
+    one, two = place.adapter("one"), place.adapter("two", seed=1)
+    place.guard().admit(one, "one")
+    g = place.guard(mode="require")
+    assert g.admit(one, "one").how == "hit"
+    error = refused(g, two)
+    assert error.reason == "not corrected"
+    assert len(place.entries()) == 1
+
+
+def test_observe_serves_raw_and_says_what_would_change(place):
+    one, two = place.adapter("one"), place.adapter("two")
+    builders.edit_tensors(two / WEIGHTS, add("odd"))
+    g = place.guard(mode="observe", max_lora_rank=8)
+    for folder in (one, two, place.root / "nowhere", one):
+        found = g.admit(folder, folder.name)
+        assert (found.path, found.how, found.key) == (folder, "raw", None)
+        g.check(folder, "x")
+        assert g.again(folder, "x") == folder
+    first, second, third, again = place.decisions()
+    assert {line["decision"] for line in place.decisions()} == {"observed"}
+    adapter = csulora.LoraAdapter.load(one)
+    expected = csulora.decompose(adapter, g.subspace, csulora.Correction()).totals
+    assert first["relative_change"] == pytest.approx(expected.relative_change)
+    assert first["relative_energy_after"] == pytest.approx(expected.relative_energy_after)
+    assert (first["form"], first["rank"]) == ("exact", 8)
+    assert (second["would_refuse"], third["would_refuse"]) == ("not lora", "missing")
+    assert again["relative_change"] == first["relative_change"]
+    assert place.entries() == []
+
+
+def test_off_does_nothing(place):
+    g = place.guard(mode="off", subspace="gone", audit=None)
+    assert g.admit("any/path", "one").how == "raw" and not place.cache.exists()
+    g.check("any/path", "one")
+    assert str(g.again("any/path", "one")) == "any/path"
+
+
+def test_the_guard_of_a_process(place, monkeypatch):
+    assert guard.guard() is None
+    monkeypatch.setattr(guard, "_guard", None)
+    monkeypatch.setenv("CSULORA_CONFIG", str(place.file))
+    found = guard.guard()
+    assert found is guard.guard() and found.config == place.config()
+    monkeypatch.setattr(guard, "_guard", (os.getpid() + 1, found))  # as after a fork
+    mine = guard.guard()
+    assert mine is not found and mine.subspace is found.subspace
+    monkeypatch.setattr(guard, "_guard", None)
+    (place.root / "subspace.safetensors").write_bytes(b"x")
+    with pytest.raises(csulora.CsuloraError, match=r"subspace\.safetensors: not a readable"):
+        guard.guard()
+
+
+def test_no_gpu_and_no_threads_are_touched(place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("set threads"))
+    assert place.guard().admit(place.adapter(), "one").how == "corrected"
+    place.guard(mode="observe").admit(place.adapters / "one", "one")
+    assert place.decisions()[-1]["relative_change"] > 0
+
+
+def test_counters_and_audit_of_all_processes(place):
+    folder = place.adapter()
+    g = place.guard()
+    g.admit(folder, "one")
+    code = (
+        "g.admit(sys.argv[1], 'two')\n"
+        "try: g.admit('/nowhere', 'three')\n"
+        "except guard.RefusedError: pass\n"
+        "print(json.dumps(sorted(map(list, counters.collect())))); sys.stdout.flush()\n"
+        "sys.stdin.read()"
+    )
+    other = place.process(code, folder)
+    assert ["corrected", ""] in json.loads(other.stdout.readline())
+    for _ in range(2):  # while the other lives, and from its file afterwards
+        found = counters.collect()
+        assert found["corrected", ""] == found["hits", ""] == found["refused", "missing"] == 1
+        assert found["seconds_correct", ""] > 0
+        other.communicate(timeout=60)
+    again = place.guard()  # takes over what the dead one counted
+    assert counters.collect() == found
+    assert len(list((place.cache / "counters").glob("*.counters"))) == 1
+    assert again.admit(folder, "one").how == "hit"
+    lines = place.decisions()
+    assert [line["decision"] for line in lines] == ["corrected", "hit", "refused", "hit"]
+    assert lines[0].keys() == {
+        *("time", "pid", "decision", "name", "folder", "key", "source", "settings", "rank", "form"),
+        "seconds",
+    } - {"form"}
+    assert lines[0]["source"] == builders.digest(folder / WEIGHTS)
+    assert lines[1]["pid"] != lines[0]["pid"] == os.getpid()
+
+
+def test_an_audit_log_that_cannot_be_written(place):
+    with pytest.raises(csulora.CsuloraError, match=r"audit: .*: cannot be written"):
+        place.guard(audit="adapters")
+    g = place.guard()
+    (place.root / "audit.jsonl").unlink()
+    (place.root / "audit.jsonl").mkdir()
+    assert g.admit(place.adapter(), "one").how == "corrected"
+
+
+def test_names_in_logs_are_one_line(place):
+    g = place.guard()
+    with pytest.raises(RefusedError):
+        g.admit(place.root / "no\nwhere", "a\nb\udce9")
+    assert place.decisions()[-1]["name"] == "a\nb\\udce9"
+    assert "\n" not in refusal_text("a\nb", RefusedError("x", "c\nd"))
