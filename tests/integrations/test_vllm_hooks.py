@@ -142,7 +142,8 @@ class LoadRequest(SimpleNamespace):
 
 def fresh(kind):
     """A class of its own, which a test may spoil."""
-    return type(kind.__name__, (), dict(vars(kind)))
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, (), own)
 
 
 @pytest.fixture
