@@ -1,6 +1,7 @@
 """The hooks' own logic, on stand-ins for the few things of vLLM that they touch."""
 
 import asyncio
+import logging
 import sys
 import threading
 import types
@@ -388,3 +389,25 @@ def test_observing_changes_nothing(vllm, tmp_path):
     kinds.InputProcessor()._validate_lora(Request("a", 1, raw))
     assert kinds.Worker()._load_adapter(Request("a", 1, raw)) == ("weights", raw)
     assert [call[0] for call in guard.calls] == ["admit"]
+
+
+def test_a_process_says_that_it_is_guarded_before_and_after_vllm_sets_up_its_log(
+    vllm, capsys, monkeypatch
+):
+    from csulora.integrations.vllm.installation import _say
+
+    own, of_vllm = logging.getLogger("csulora"), logging.getLogger("vllm")
+    monkeypatch.setattr(own, "parent", own.parent)
+    _say("first")
+    assert capsys.readouterr().err == "first\n"
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    monkeypatch.setattr(of_vllm, "handlers", [handler])
+    monkeypatch.setattr(of_vllm, "level", logging.INFO)
+    monkeypatch.setattr(of_vllm, "propagate", False)
+    logging.getLogger("csulora.serving")._cache.clear()
+    own._cache.clear()
+    _say("second")
+    logging.getLogger("csulora.serving").info("third")
+    assert told == ["second", "third"] and capsys.readouterr().err == ""

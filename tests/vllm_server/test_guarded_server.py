@@ -53,11 +53,15 @@ def not_a_number(model, folder):
     edit_weights(folder, lambda X: X.index_fill(0, torch.tensor([0]), torch.nan))
 
 
+def rename(folder, old, new):
+    file = folder / "adapter_model.safetensors"
+    tensors = {name.replace(old, new): X for name, X in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
 def foreign_names(model, folder):
     build_adapter(model, folder)
-    file = folder / "adapter_model.safetensors"
-    tensors = {k.removeprefix("base_model.model."): X for k, X in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
+    rename(folder, "lora_A", "lora_down")
 
 
 def truncated(model, folder):
@@ -93,6 +97,9 @@ def place(model, tmp_path_factory):
     build_adapter(model, folder / "adapters" / "a-slow", seed=8)
     build_adapter(model, folder / "adapters" / "static", seed=9)
     build_adapter(model, folder / "elsewhere" / "reload", seed=10)
+    build_adapter(model, folder / "elsewhere" / "long-names", seed=13)
+    build_adapter(model, folder / "adapters" / "short-names", seed=13)
+    rename(folder / "adapters" / "short-names", "base_model.model.", "")
     for name, make in REFUSED.items():
         make(model, folder / "adapters" / f"bad-{name}")
     build_adapter(model, folder / "stock" / "stock-good", seed=11)
@@ -170,6 +177,11 @@ def test_so_does_one_that_is_loaded(kind, server, place, expected):
     assert asked(server, f"loaded-{kind}") == fine(expected(place / "adapters" / kind))
 
 
+def test_so_does_one_whose_names_lack_the_prefix_of_peft(server, place, expected):
+    """PEFT reads nothing of such a folder, and vLLM all of it."""
+    assert asked(server, "short-names") == fine(expected(place / "elsewhere" / "long-names"))
+
+
 def test_so_does_one_of_the_command_line(server, place, expected):
     assert asked(server, "static") == fine(expected(place / "adapters" / "static"))
 
@@ -181,7 +193,7 @@ def test_what_cannot_be_corrected_is_refused_with_its_reason(why, server, model,
     assert status == 422 and text.startswith(f"csulora refused {name}: "), text
     status, text = server.load("bad", place / "adapters" / name)
     assert status == 422 and text.startswith("csulora refused bad: "), text
-    assert "bad" not in server.ask("/v1/models")[1]
+    assert not {"bad", name} & {x["id"] for x in json.loads(server.ask("/v1/models")[1])["data"]}
     assert asked(server, "base") == fine(tokens_of(model, None))
 
 

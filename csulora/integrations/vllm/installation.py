@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from csulora.serving.guard import guard
 
@@ -21,7 +22,6 @@ def install() -> None:
     standing = guard()
     if standing is None or standing.config.mode == "off":
         return
-    _use_log_of_vllm()
     from csulora.integrations.vllm import front, metrics, worker
     from csulora.integrations.vllm.admission import Admission
 
@@ -30,17 +30,18 @@ def install() -> None:
     worker.install(admission)
     metrics.install(standing.config.mode)
     _done = True
-    logging.getLogger("csulora.integrations.vllm").info(
-        "csulora guards the adapters of process %d, mode %s", os.getpid(), standing.config.mode
-    )
+    _say(f"csulora guards the adapters of process {os.getpid()}, mode {standing.config.mode}")
 
 
-def _use_log_of_vllm() -> None:
-    """Write csulora's lines where vLLM's go, unless somebody has set up a log for them."""
-    log, of_vllm = logging.getLogger("csulora"), logging.getLogger("vllm")
-    if log.handlers:
-        return
-    for handler in of_vllm.handlers:
-        log.addHandler(handler)
-    log.setLevel(of_vllm.level)
-    log.propagate = of_vllm.propagate
+def _say(text: str) -> None:
+    """Write to vLLM's log, as all that csulora logs from now on; to stderr while there is none yet.
+
+    In a server's first process vLLM loads its plugins before it sets up its log.
+    """
+    log = logging.getLogger("csulora")
+    if not log.handlers:  # nobody has set up a log for it
+        log.parent = logging.getLogger("vllm")
+    if log.hasHandlers() and log.isEnabledFor(logging.INFO):
+        log.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
