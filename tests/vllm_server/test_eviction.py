@@ -108,9 +108,12 @@ def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
         # Between check and reading everything vanishes: the base model answers.
         gone = [entries(place)["four"], place / "adapters" / "four"]
         shutil.copytree(gone[1], place / "four")
+        all_right("two")  # evicts it
         (place / "remove").write_text("\n".join(map(str, gone)))
-        assert answers(server, "four") == [(200, tokens) for tokens in right["base"]]
+        assert server.complete("four", PROMPTS[0]) == (200, right["base"][0])
         (place / "remove").unlink()
+        status, text = server.complete("four", PROMPTS[1])
+        assert status == 400 and text.startswith("csulora refused four: "), text
         assert server.metrics()["csulora_zeroed_total"] == 1
         assert " ERROR " in server.said() and "four" in server.said().split(" ERROR ")[-1]
         all_right("base", "two", "three")
