@@ -27,6 +27,7 @@ from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.files.plain import sha256_file, write_bytes
 from csulora.output import WEIGHTS
+from csulora.serving import counters
 from csulora.serving.identity import Identity, is_settled, of_folder
 from csulora.serving.leases import Leases, shared_lock
 
@@ -91,13 +92,19 @@ class Cache:
         self._touched: dict[str, float] = {}
 
     def open(self) -> None:
-        """Make or check the folder, and remove what killed processes left in it. Raises CsuloraError."""
+        """Make or check the folder, remove what killed processes left in it, and count in it from now on.
+
+        Raises CsuloraError.
+        """
         try:
             make_folders(self.root.parent)
             self._check_root()
             for name in OWN_FOLDERS:
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
-            self._sweep()
+            # Servers start many processes at once.
+            with shared_lock(self.root / _LOCK, alone=True):
+                counters.share(self.root / "counters")
+                self._sweep()
             self.evict()
         except OSError as error:
             raise CsuloraError(
@@ -183,9 +190,10 @@ class Cache:
             self._leases.give(key)
 
     def drop(self, key: str) -> None:
-        """Remove an entry that is not to be used."""
+        """Remove an entry that is not to be used, and forget what it was made of."""
         with self.making(key):
             self._discard(key)
+            self._known.pop(key, None)
 
     def evict(self) -> None:
         """Remove the least recently used entries that nobody holds until the rest is within the limit."""

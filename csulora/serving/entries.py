@@ -109,7 +109,7 @@ class Entries:
     def _corrected(
         self, facts: Facts, adapter: LoraAdapter | None, method: Method, rank: int
     ) -> Entry:
-        seconds: dict[str, float] = {}
+        key, seconds = self._policy.key(facts.source, method), dict[str, float]()
 
         def make(target: Path) -> Record:
             recipe = self._policy.recipe(method)
@@ -126,7 +126,7 @@ class Entries:
                 companions=False,  # some servers read any safetensors file of a folder
             )
             assert outcome.report is not None
-            self._check(outcome.report, method)
+            self._check(key, outcome.report, method)
             seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
             return Record.of(
                 facts.source,
@@ -137,12 +137,7 @@ class Entries:
                 how="corrected",
             )
 
-        key = self._policy.key(facts.source, method)
-        try:
-            return self._placed(key, make, "corrected", seconds)
-        except RefusedError as error:
-            self._refused[key] = error
-            raise
+        return self._placed(key, make, "corrected", seconds)
 
     def _copied(self, facts: Facts, how: How, by: str) -> Entry:
         key = key_of_copy(facts.source, how, by)
@@ -193,12 +188,13 @@ class Entries:
             raise RefusedError("changed", f"{facts.source.folder}: is being changed")
         return adapter
 
-    def _check(self, report: Report, method: Method) -> None:
-        """Raise RefusedError for a result that is not to be served."""
+    def _check(self, key: str, report: Report, method: Method) -> None:
+        """Raise RefusedError for a result that is not to be served, from now on without making it."""
         if report.passed_through:
             raise RefusedError("not lora", "holds tensors that would pass uncorrected")
         if self._config.fixed_form or not isinstance(method, Correction):
             return
         warnings = rank_warnings(report.totals, report.modules)
         if warnings:
-            raise RefusedError("rank error", warnings[0])
+            self._refused[key] = RefusedError("rank error", warnings[0])
+            raise self._refused[key]

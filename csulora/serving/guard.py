@@ -83,7 +83,6 @@ class Guard:
             return
         self._audit.check()
         self.cache.open()
-        counters.share(self.cache.root / "counters")
         self.subspace = subspace or SafetySubspace.load(self.config.subspace)
         self._entries = Entries(self.config, self.subspace, self.cache)
 
@@ -151,8 +150,10 @@ class Guard:
             self.check(given, name)
             return given
         except RefusedError as error:
-            last = self._last.get(Path(os.path.realpath(given)))
-            with contextlib.suppress(RefusedError):
+            with contextlib.suppress(
+                RefusedError, ValueError
+            ):  # a path with a NUL resolves to none
+                last = self._last.get(Path(os.path.realpath(given)))
                 if last is not None:
                     self.check(self.cache.folder(last), name)
                     return self.cache.folder(last)

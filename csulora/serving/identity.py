@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from csulora.files.peft_config import FILE as CONFIG
-from csulora.output import WEIGHTS
+from csulora.output import SIGNATURE, WEIGHTS
 
 Identity = tuple[int, ...]
 
@@ -20,6 +20,15 @@ def of_adapter(folder: Path) -> Identity | None:
     """Of weights and configuration, through links; None where one is missing."""
     try:
         return _numbers(os.stat(folder / WEIGHTS)) + _numbers(os.stat(folder / CONFIG))
+    except OSError:
+        return None
+
+
+def of_signed(folder: Path) -> Identity | None:
+    """`of_adapter` with the signature, None where there is none."""
+    found = of_adapter(folder)
+    try:
+        return None if found is None else found + _numbers(os.stat(folder / SIGNATURE))
     except OSError:
         return None
 

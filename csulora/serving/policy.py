@@ -10,6 +10,7 @@ from typing import Any
 from csulora.adapter import Source
 from csulora.folder import Recipe
 from csulora.output import alike
+from csulora.report import Report
 from csulora.serving.config import ServingConfig
 from csulora.settings import Method
 from csulora.subspace import SafetySubspace
@@ -21,7 +22,8 @@ class Policy:
 
     def __init__(self, config: ServingConfig, subspace: SafetySubspace) -> None:
         self._config, self._subspace = config, subspace
-        self._settings = self._chosen(self.recipe(config.method).provenance(subspace)["settings"])
+        made = self.recipe(config.method).provenance(subspace)
+        self._settings, self._stated = self._chosen(made["settings"]), made["subspace"]
         self.digest = _digest([METHOD, subspace.sha256, self._settings])
 
     def recipe(self, method: Method) -> Recipe:
@@ -34,9 +36,12 @@ class Policy:
             device="cpu",
         )
 
-    def agrees(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the settings that an output's report states are these."""
-        return alike(self._chosen(settings), self._settings)
+    def agrees(self, report: Report) -> bool:
+        """Whether the settings that an output's report states are these, on the whole subspace."""
+        # The digest is that of the file also where only its leading directions were used.
+        return alike(self._chosen(report.settings), self._settings) and alike(
+            report.subspace, self._stated
+        )
 
     def key(self, source: Source, method: Method) -> str:
         """Of the correction of an adapter."""

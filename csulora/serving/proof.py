@@ -5,7 +5,7 @@ A report proves nothing: anybody can write one. Looked at is the copy, which nob
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from csulora.output import REPORT, SIGNATURE, WEIGHTS, written_report
 from csulora.report import rank_warnings
 from csulora.serving.cache import Record
 from csulora.serving.config import ServingConfig
+from csulora.serving.identity import Identity, is_settled, of_signed
 from csulora.serving.policy import Policy
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
@@ -35,6 +36,7 @@ class Proofs:
     subspace: SafetySubspace
     policy: Policy
     sources: Sources
+    _signed: dict[Path, tuple[Identity, str | None]] = field(default_factory=dict)
 
     def trusts(self, record: Record) -> bool:
         """Whether an entry of the cache was made, or proven, by what counts now."""
@@ -47,8 +49,18 @@ class Proofs:
 
         Raises CsuloraError where a key or a signature cannot be read.
         """
-        if not self.config.trusted_keys:
+        now = of_signed(folder)
+        if not self.config.trusted_keys or now is None:
             return None
+        before = self._signed.get(folder)
+        if before is not None and before[0] == now:
+            return before[1]
+        found = self._signature(folder)
+        if is_settled(now) and of_signed(folder) == now:
+            self._signed[folder] = now, found
+        return found
+
+    def _signature(self, folder: Path) -> str | None:
         from csulora.serving.signature import signer  # needs a package of the extra "serve"
 
         key = signer(folder, self.config.trusted_keys)
@@ -67,7 +79,7 @@ class Proofs:
             found = identify(copied)
             if _digests(found) != _digests(facts.source):
                 raise RefusedError("changed", f"{folder}: changed while it was being read")
-            if how == "signed" and self.signature(copied) != by:
+            if how == "signed" and self._signature(copied) != by:
                 raise RefusedError("changed", f"{folder}: its signature changed meanwhile")
             if how == "recomputed":
                 self._recompute(facts, copied)
@@ -87,8 +99,11 @@ class Proofs:
             report = written_report(copied)
         except CsuloraError as error:
             raise _unproven(folder, str(error).replace(str(copied), str(folder))) from None
-        if not self.policy.agrees(report.settings) or report.passed_through:
-            raise _unproven(folder, "it was corrected with other settings than the server's")
+        if not self.policy.agrees(report) or report.passed_through:
+            raise _unproven(
+                folder,
+                "it was corrected with other settings, or another subspace, than the server's",
+            )
         if rank_warnings(report.totals, report.modules) and not self.config.fixed_form:
             raise RefusedError("rank error", rank_warnings(report.totals, report.modules)[0])
         origin = facts.made.get("source", {})

@@ -1,5 +1,6 @@
 """The cache on disk: whose it is, what is sound in it, what may go, and what a kill leaves."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -191,7 +192,8 @@ def test_again_of_a_raw_folder_never_raises(place):
     assert g.again(folder, "one") == last  # what this process served before
     shutil.rmtree(folder)
     assert g.again(folder, "one") == last
-    assert g.again(place.root / "nowhere", "one") is None
+    for path in (place.root / "nowhere", "a\0b", "", "~"):
+        assert g.again(path, "one") is None
 
 
 def test_require_repairs_only_to_the_same_bytes(place, monkeypatch):
@@ -212,6 +214,9 @@ def test_require_repairs_only_to_the_same_bytes(place, monkeypatch):
     with pytest.raises(RefusedError, match="comes out otherwise now"):
         g.check(found.path, "one")
     assert place.entries() == []
+    with pytest.raises(RefusedError):  # what it came out as is nothing to compare with
+        g.check(found.path, "one")
+    assert g.again(found.path, "one") is None and place.entries() == []
 
 
 def test_check_takes_entries_only(place):
@@ -404,6 +409,37 @@ def test_records_say_what_an_entry_was_made_of(place):
     assert record["source_sha256"] == builders.digest(folder / WEIGHTS)
     assert record["sha256"] == builders.digest(found.path / WEIGHTS)
     assert record["config_sha256"] == builders.digest(found.path / CONFIG)
+
+
+def test_a_source_in_the_making_is_refused_for_that_moment_only(place, monkeypatch):
+    folder, g = place.adapter(), place.guard()
+    found = g.admit(folder, "one")
+    shutil.rmtree(found.path)
+
+    def changing(folder):
+        raise RefusedError("changed", "is being changed")
+
+    monkeypatch.setattr(g._entries.sources, "read", changing)
+    with pytest.raises(RefusedError, match="is being changed"):
+        g.admit(folder, "one")
+    monkeypatch.undo()
+    assert g.admit(folder, "one").how == "corrected"
+
+
+def test_processes_that_start_at_once_do_not_clean_up_side_by_side(place, monkeypatch):
+    place.guard()
+    alone = []
+
+    def tried(*arguments):
+        with open(place.cache / "lock", "rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        alone.append(arguments)
+
+    monkeypatch.setattr(counters, "share", tried)
+    monkeypatch.setattr(caches, "recover_folders", tried)
+    (place.cache / ("0" * 64)).mkdir()
+    place.guard()
+    assert len(alone) == 2 and place.entries() == []
 
 
 def test_other_things_in_the_cache_are_left_alone(place):

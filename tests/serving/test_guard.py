@@ -76,6 +76,23 @@ def test_the_method_number_is_in_the_key(place, monkeypatch):
     assert place.guard().admit(folder, "one").key != key
 
 
+def test_a_cold_request_reads_and_hashes_its_source_once_and_its_result_while_writing(
+    place, monkeypatch
+):
+    folder, g, read = place.adapter(), place.guard(), []
+    real = csulora.adapter.read_safetensors
+    monkeypatch.setattr(
+        csulora.adapter, "read_safetensors", lambda path, **k: read.append(path) or real(path, **k)
+    )
+    for module in ("csulora.serving.cache", "csulora.adapter", "csulora.output"):
+        monkeypatch.setattr(f"{module}.sha256_file", None)
+    monkeypatch.setattr(os, "fsync", lambda file: pytest.fail("fsync"))
+    found = g.admit(folder, "one")
+    g.check(found.path, "one")
+    assert found.how == "corrected" and read == [folder / WEIGHTS]
+    assert found.seconds.keys() == {"read", "digest", "correct", "write"}
+
+
 def test_fifty_first_requests_over_five_names_make_one_correction(place):
     first = place.adapter()
     folders = [first]

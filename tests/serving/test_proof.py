@@ -93,6 +93,15 @@ def with_another_subspace(place, source):
     return folder
 
 
+def with_some_directions(place, source):
+    """Of the very subspace, which leaves the update as it is everywhere else."""
+    subspace = csulora.SafetySubspace.load(place.root / "subspace.safetensors").leading(1)
+    target = place.root / "fixed"
+    csulora.correct_folder(source, subspace, target, portable=True)
+    place.age(target)
+    return target
+
+
 def without_report(place, source):
     folder = corrected(place, source)
     (folder / REPORT).unlink()
@@ -114,7 +123,7 @@ def not_portable(place, source):
     "make",
     [
         *(forged, without_source, of_a_changed_source, at_strength_0, weaker, by_patterns),
-        *(with_another_subspace, without_report, tampered, not_portable),
+        *(with_another_subspace, with_some_directions, without_report, tampered, not_portable),
     ],
 )
 def test_a_report_alone_proves_nothing(place, make, mode):
@@ -171,6 +180,11 @@ def test_signed_by_a_trusted_key(place, signatures, mode):
     found = g.admit(folder, "one")
     assert found.how == "signed" and g.admit(folder, "one").how == "hit"
     g.check(found.path, "one")
+    place.age(folder)
+    g.admit(folder, "one")
+    with pytest.MonkeyPatch.context() as patch:  # nor is the folder read for each request
+        patch.setattr(sys.modules["csulora.serving.signature"], "signer", None)
+        assert g.admit(folder, "one").how == "hit"
     (found.path / WEIGHTS).write_bytes(b"x")
     assert g.again(found.path, "one") == found.path
     # A key that counts no longer takes its entries with it, by whatever name.
