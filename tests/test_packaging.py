@@ -18,6 +18,7 @@ import csulora
 ROOT = Path(__file__).parent.parent
 NAME = f"csulora-{csulora.__version__}"
 PACKAGES = ("csulora", "csulora_kernels")
+MODULES = ("csulora_plugin.py",)
 # What a build adds to an sdist.
 GENERATED = ("PKG-INFO", "setup.cfg", "csulora.egg-info/*")
 
@@ -59,7 +60,7 @@ def generated(name):
 
 
 def packaged(name):
-    return name.split("/")[0] in PACKAGES
+    return name in MODULES or name.split("/")[0] in PACKAGES
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,13 @@ def test_the_wheel_installs_the_command(wheel):
     entry_points.read_string(wheel.read(f"{NAME}.dist-info/entry_points.txt").decode())
     (command,) = entry_points["console_scripts"].items()
     assert command == ("csulora", "csulora.cli:main")
+
+
+def test_the_wheel_names_its_plugins(wheel):
+    entry_points = ConfigParser()
+    entry_points.read_string(wheel.read(f"{NAME}.dist-info/entry_points.txt").decode())
+    assert dict(entry_points["vllm.general_plugins"]) == {"csulora": "csulora_plugin:vllm"}
+    assert dict(entry_points["sglang.srt.plugins"]) == {"csulora": "csulora_plugin:sglang"}
 
 
 def test_the_metadata(metadata):

@@ -1,0 +1,58 @@
+"""What the guards of all processes have counted, beside vLLM's own metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from csulora.integrations.vllm.hooks import Function, Hook
+from csulora.serving import counters
+
+REGISTRY = Hook(
+    "vllm.entrypoints.serve.instrumentator.metrics", "get_prometheus_registry", parameters=()
+)
+
+
+class Counted(Collector):
+    """`csulora_guard` says that a guard stands, and how; each counter is one `csulora_..._total`."""
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+
+    def collect(self) -> Iterator[Metric]:
+        stands = GaugeMetricFamily("csulora_guard", "The guard stands.", labels=["mode"])
+        stands.add_metric([self._mode], 1)
+        yield stands
+        families: dict[str, CounterMetricFamily] = {}
+        for (name, reason), value in sorted(counters.collect().items()):
+            labels = ["reason"] if reason else []
+            if name not in families:
+                families[name] = CounterMetricFamily(
+                    f"csulora_{name}", f"Adapters: {name}.", labels=labels
+                )
+            families[name].add_metric([reason] if reason else [], value)
+        yield from families.values()
+
+
+def install(mode: str) -> None:
+    """Show the counters at /metrics. Raises CsuloraError if vLLM is not one that this knows."""
+    REGISTRY.wrap(lambda function: with_counters(function, mode))
+
+
+def with_counters(function: Function, mode: str) -> Function:
+    """`get_prometheus_registry`: the registry with csulora's counters, put there once."""
+    shown: WeakSet[Any] = WeakSet()
+    collector = Counted(mode)
+
+    def get_prometheus_registry() -> Any:
+        registry = function()
+        if registry not in shown:
+            registry.register(collector)
+            shown.add(registry)
+        return registry
+
+    return get_prometheus_registry

@@ -1,0 +1,55 @@
+"""The model that all servers here serve, and a plugin by which tests slow down and spoil what they do."""
+
+import pytest
+import serving_world
+
+PLUGIN = '''
+"""A plugin of the tests: slow corrections, and weights that vanish between check and reading."""
+import functools, os, shutil, time
+from pathlib import Path
+
+
+def install():
+    here = Path(os.environ["TEST_FOLDER"])
+    from csulora.serving.guard import Guard
+
+    admit, again = Guard.admit, Guard.again
+
+    @functools.wraps(admit)
+    def slow_admit(self, folder, name, **options):
+        if str(folder).endswith("-slow"):
+            (here / "slow-begins").touch()
+            time.sleep(4)
+            (here / "slow-ends").touch()
+        return admit(self, folder, name, **options)
+
+    @functools.wraps(again)
+    def spoiled_again(self, path, name):
+        for line in (here / "remove").read_text().splitlines() if (here / "remove").exists() else ():
+            shutil.rmtree(line, ignore_errors=True)
+        return again(self, path, name)
+
+    Guard.admit, Guard.again = slow_admit, spoiled_again
+'''
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Folder with `base`, `aligned` (which is served) and `subspace.safetensors`."""
+    return serving_world.build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+    """A folder for PYTHONPATH with the tests' own vLLM plugin; TEST_FOLDER tells it where to look."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "slow_and_spoiled.py").write_text(PLUGIN)
+    described = folder / "slow_and_spoiled-1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: slow-and-spoiled\nVersion: 1\n"
+    )
+    (described / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nslow = slow_and_spoiled:install\n"
+    )
+    return folder

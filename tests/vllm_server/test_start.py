@@ -1,0 +1,70 @@
+"""Starts that must not be, and a server of several processes that take requests."""
+
+import pytest
+from serving_world import PROMPTS, build_adapter, corrected, decisions, tokens_of, write_config
+from vllm_process import MARKS, environment, refused_start, serving
+
+pytestmark = MARKS
+
+
+@pytest.fixture(scope="module")
+def place(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    for seed, name in enumerate(("left", "right")):
+        build_adapter(model, folder / "adapters" / name, seed=seed + 40)
+    return folder
+
+
+def config_of(model, place, **changes):
+    values = {
+        "mode": "correct",
+        "subspace": str(model / "subspace.safetensors"),
+        "folders": ["adapters"],
+        "cache": "cache",
+        "audit": "audit.jsonl",
+    }
+    return write_config(place / "serving.toml", **values | changes)
+
+
+def test_a_wrong_configuration_is_no_start(model, place):
+    config = config_of(model, place, subspace="absent.safetensors")
+    code, said = refused_start(model / "aligned", place / "server.log", env=environment(config))
+    assert code != 0 and "absent.safetensors: no such file" in said.splitlines()[-1]
+
+
+def test_a_static_adapter_that_is_refused_is_no_start(model, place):
+    (place / "empty").mkdir()
+    code, said = refused_start(
+        model / "aligned",
+        place / "server.log",
+        f"--lora-modules=empty={place / 'empty'}",
+        env=environment(config_of(model, place)),
+    )
+    assert code != 0 and "csulora refused empty: " in said
+
+
+def test_two_processes_that_take_requests_make_one_correction(model, place, tmp_path_factory):
+    # `vllm serve` asks for the version of a distribution of this name; that of the CPU build has another.
+    paths = tmp_path_factory.mktemp("stand-in")
+    described = paths / "vllm-0.32.0+cpu.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    # Several such servers take no adapters at run time.
+    env = environment(config_of(model, place), [paths], VLLM_ALLOW_RUNTIME_LORA_UPDATING="0")
+    modules = [f"{name}={place / 'adapters' / name}" for name in ("left", "right")]
+    flags = ("--api-server-count=2", "--max-lora-rank=16", "--max-loras=2", "--lora-modules")
+    command = ("-m", "vllm.entrypoints.cli.main", "serve", str(model / "aligned"))
+    log = place / "two.log"
+    with serving(model / "aligned", log, *flags, *modules, command=command, env=env) as server:
+        for name in ("left", "right"):
+            raw = place / "adapters" / name
+            right = tokens_of(model, corrected(model, raw, place / f"right-{name}"))
+            assert right != tokens_of(model, raw)
+            for _ in range(4):  # so that either process has its turn
+                answers = [server.complete(name, prompt) for prompt in PROMPTS]
+                assert answers == [(200, tokens) for tokens in right]
+        assert server.metrics()["csulora_corrected_total"] == 2
+        guarded = {x for x in server.said().splitlines() if "csulora guards" in x}
+        assert len(guarded) >= 4
+    made = [line["name"] for line in decisions(place / "audit.jsonl", "corrected")]
+    assert sorted(made) == ["left", "right"]
