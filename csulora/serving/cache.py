@@ -209,8 +209,11 @@ class Cache:
                 if total <= self._limit:
                     return
                 if key not in held:
-                    self._discard(key)
-                    total -= size
+                    with contextlib.suppress(
+                        OSError
+                    ):  # no reason to refuse an adapter that is there
+                        self._discard(key)
+                        total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
         """When it was last used, bytes and key of each entry."""

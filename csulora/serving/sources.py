@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from csulora.subspace import SafetySubspace
 from csulora.text import listed
 from csulora_kernels import Form
 
+# Seconds for which files that were refused are not read again. They may have been refused for what
+# passes by itself: no memory, no free descriptor, a file system that was away.
+_MOMENT = 10.0
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -45,7 +50,7 @@ class Sources:
 
     def __init__(self, config: ServingConfig, subspace: SafetySubspace) -> None:
         self._config, self._subspace = config, subspace
-        self._found: dict[Path, tuple[Identity, Facts | RefusedError]] = {}
+        self._found: dict[Path, tuple[Identity, Facts | RefusedError, float]] = {}
         self._lock = threading.Lock()
 
     def known(self, folder: Path) -> Facts | None:
@@ -54,9 +59,12 @@ class Sources:
             before = self._found.get(folder)
         if before is None or of_adapter(folder) != before[0]:
             return None
-        if isinstance(before[1], RefusedError):
-            raise RefusedError(before[1].reason, str(before[1]))
-        return before[1]
+        _, found, at = before
+        if not isinstance(found, RefusedError):
+            return found
+        if time.monotonic() - at > _MOMENT:
+            return None
+        raise RefusedError(found.reason, str(found))
 
     def read(self, folder: Path) -> tuple[Facts, LoraAdapter]:
         """Read a folder. Raises RefusedError for what cannot be corrected."""
@@ -69,7 +77,7 @@ class Sources:
             found = error
         if before is not None and before == of_adapter(folder) and is_settled(before):
             with self._lock:
-                self._found[folder] = before, found
+                self._found[folder] = before, found, time.monotonic()
         if isinstance(found, RefusedError):
             raise found
         return found, adapter

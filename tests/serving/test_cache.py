@@ -328,6 +328,25 @@ def test_a_new_entry_makes_room_and_stays(place):
     g.check(new.path, "new")
 
 
+def test_what_cannot_be_removed_is_no_reason_to_refuse_another(place, monkeypatch):
+    (old,) = made_by_another(place, place.adapter("old"))
+    real = caches._remove
+
+    def stuck(folder):
+        if folder.name == old:
+            raise PermissionError(13, "Permission denied")
+        real(folder)
+
+    g = place.guard()
+    monkeypatch.setattr(caches, "_remove", stuck)
+    monkeypatch.setattr(g.cache, "_limit", 1)
+    assert g.admit(place.adapter("new", seed=1), "new").how == "corrected"
+    monkeypatch.undo()
+    assert old in place.entries() and not (place.cache / f"{old}.json").exists()
+    place.guard()
+    assert old not in place.entries()
+
+
 def test_leases_stand_though_the_cache_was_emptied(place):
     folders = [place.adapter(str(i), seed=i) for i in range(2)]
     g = place.guard()

@@ -232,6 +232,24 @@ def test_what_was_refused_is_looked_at_anew_once_it_is_another(place):
     assert g.admit(folder, "one").how == "corrected"
 
 
+def test_what_was_refused_for_a_passing_reason_is_served_later(place, monkeypatch):
+    folder, g = place.adapter(), place.guard()
+    real, read = csulora.adapter.read_safetensors, []
+
+    def failing(path, **options):
+        read.append(path)
+        raise csulora.CsuloraError(f"{path}: Too many open files")
+
+    monkeypatch.setattr(csulora.adapter, "read_safetensors", failing)
+    for _ in range(3):
+        assert refused(g, folder).reason == "source"
+    assert len(read) == 1
+    monkeypatch.setattr(csulora.adapter, "read_safetensors", real)
+    assert refused(g, folder).reason == "source"
+    monkeypatch.setattr("csulora.serving.sources._MOMENT", 0)
+    assert g.admit(folder, "one").how == "corrected"
+
+
 def test_pickles_are_refused_and_left_out(place):
     folder = place.adapter()
     g = place.guard()

@@ -134,6 +134,27 @@ def test_a_report_alone_proves_nothing(place, make, mode):
     assert place.entries() == [] and place.leftovers() == []
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_file_that_is_swapped_between_its_check_and_its_copy(
+    place, signatures, monkeypatch, name, signed
+):
+    source, key = place.adapter(), place.root / "a.pub"
+    folder = corrected(place, source)
+    key.write_text("a")
+    if signed:
+        sign(folder, key)
+    g = place.guard(trusted_keys=["a.pub"])
+    real = csulora.serving.proof.copy_file
+
+    def swapping(path, target, **options):
+        return real(source / name if path.name == name else path, target, **options)
+
+    monkeypatch.setattr("csulora.serving.proof.copy_file", swapping)
+    assert refused(g, folder).reason == "changed"
+    assert place.entries() == [] and place.leftovers() == []
+
+
 def test_passed_through_tensors_are_not_proven_either(place):
     source = place.adapter()
     builders.edit_tensors(
