@@ -24,7 +24,7 @@ NEEDS = {
     "peft_in_process": ("peft", "transformers"),
 }
 # Shows what peft_in_process prints.
-PAGE = ROOT / "docs" / "serving-parts" / "peft.md"
+PAGE = ROOT / "docs" / "serving.md"
 # Tools, which people point at models of their own; the others show one call each.
 LONGER = {"evaluate_adapter": 200, "evaluate_with_harness": 80}
 
