@@ -1,6 +1,6 @@
 """vLLM in a script: the adapter that is named is raw, the one that answers is corrected.
 
-    CSULORA_CONFIG=serving.toml python examples/vllm_offline.py MODEL ADAPTER "a prompt"
+CSULORA_CONFIG=serving.toml python examples/vllm_offline.py MODEL ADAPTER "a prompt"
 """
 
 import sys

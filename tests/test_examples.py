@@ -15,7 +15,8 @@ from csulora.cli import build_parser
 from csulora.demo.world import REFUSAL
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# vLLM has an environment of its own: tests/vllm_server runs that one.
+EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.stem != "vllm_offline")
 NEEDS = {
     "evaluate_adapter": ("peft", "transformers"),
     "evaluate_with_harness": ("lm_eval", "peft", "transformers"),
@@ -159,6 +160,15 @@ def test_the_script_for_sglang_is_sound_as_far_as_no_gpu_is_needed():
     for command in commands:
         assert build_parser().parse_args(shlex.split(command.replace("$rank", "32"))).run
     assert f"| [{script.name}]({script.name}) |" in (ROOT / "examples" / "README.md").read_text()
+
+
+def test_the_script_for_vllm_is_sound_as_far_as_no_server_is_needed():
+    script = ROOT / "examples" / "serve_vllm.sh"
+    subprocess.run(["bash", "-n", script], check=True, timeout=60)
+    command = re.search(r"^csulora (.*)$", script.read_text(), re.MULTILINE).group(1)
+    assert build_parser().parse_args(shlex.split(command)).run
+    for name in ("serve_vllm.sh", "vllm_offline.py"):
+        assert f"| [{name}]({name}) |" in (ROOT / "examples" / "README.md").read_text()
 
 
 def test_every_example_is_small_and_listed():

@@ -15,6 +15,10 @@ from csulora.serving import counters
 REGISTRY = Hook(
     "vllm.entrypoints.serve.instrumentator.metrics", "get_prometheus_registry", parameters=()
 )
+# Several API servers: a registry is made anew for each request, and this puts vLLM's own metrics in it.
+MANY = Hook(
+    "prometheus_client.multiprocess", "MultiProcessCollector.__init__", ("self", "registry", "path")
+)
 
 
 class Counted(Collector):
@@ -40,19 +44,42 @@ class Counted(Collector):
 
 def install(mode: str) -> None:
     """Show the counters at /metrics. Raises CsuloraError if vLLM is not one that this knows."""
-    REGISTRY.wrap(lambda function: with_counters(function, mode))
+    shown = Shown(mode)
+    REGISTRY.wrap(lambda function: with_counters(function, shown))
+    MANY.wrap(lambda function: beside_counters(function, shown))
 
 
-def with_counters(function: Function, mode: str) -> Function:
-    """`get_prometheus_registry`: the registry with csulora's counters, put there once."""
-    shown: WeakSet[Any] = WeakSet()
-    collector = Counted(mode)
+class Shown:
+    """Puts the counters into registries, once into each."""
+
+    def __init__(self, mode: str) -> None:
+        self._collector = Counted(mode)
+        self._registries: WeakSet[Any] = WeakSet()
+
+    def within(self, registry: Any) -> None:
+        """Have a registry show the counters."""
+        if registry not in self._registries:
+            registry.register(self._collector)
+            self._registries.add(registry)
+
+
+def with_counters(function: Function, shown: Shown) -> Function:
+    """`get_prometheus_registry`: the registry with csulora's counters."""
 
     def get_prometheus_registry() -> Any:
         registry = function()
-        if registry not in shown:
-            registry.register(collector)
-            shown.add(registry)
+        shown.within(registry)
         return registry
 
     return get_prometheus_registry
+
+
+def beside_counters(function: Function, shown: Shown) -> Function:
+    """`MultiProcessCollector.__init__`: csulora's counters go where the metrics of all processes go."""
+
+    def start(self: Any, registry: Any, path: Any = None) -> None:
+        function(self, registry, path)
+        if registry:
+            shown.within(registry)
+
+    return start
