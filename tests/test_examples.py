@@ -116,7 +116,8 @@ def peft_in_process(printed, out):
     assert lines["raw"].startswith("sure ")
     assert lines["repaired"] == lines["trained on, saved and loaded"] == REFUSAL
     assert {path.name for path in (out / "peft").iterdir()} >= {"adapter_model.safetensors"}
-    (shown,) = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    page = PAGE.read_text().partition("## PEFT, in process\n")[2]
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     assert printed == shown
 
 
