@@ -98,6 +98,11 @@ class Source:
     config_sha256: str  # of adapter_config.json
     corrected: bool = False  # its weights say that csulora corrected them
 
+    @property
+    def digests(self) -> tuple[str, str]:
+        """Of the weights and of the configuration."""
+        return self.sha256, self.config_sha256
+
     def to_dict(self) -> dict[str, str]:
         """What a report says of it; the folder may be another one elsewhere."""
         return {"name": self.name, "sha256": self.sha256, "config_sha256": self.config_sha256}

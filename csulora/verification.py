@@ -76,7 +76,7 @@ def verify(
     if source is not None:
         checked.append("source")
         found = identify(source)
-        if (found.sha256, found.config_sha256) != _digests(report.source):
+        if found.digests != _digests(report.source):
             problems.append(f"was made of another adapter than {os.fspath(source)} is now")
     if subspace is not None:
         checked.append("subspace")

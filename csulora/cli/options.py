@@ -9,7 +9,7 @@ from typing import Any
 
 from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
-from csulora.cli.serving_options import add_check, add_keys
+from csulora.cli.serving_options import add_check, add_guard, add_keys
 from csulora.cli.sweep_options import add_evaluation, add_grid
 from csulora.pipeline.backend import BACKENDS
 from csulora.settings import FORMS
@@ -222,13 +222,7 @@ def add_prewarm(commands: Commands) -> None:
         metavar="ADAPTER",
         help="adapter folder, or folder or pattern of some",
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration (default: CSULORA_CONFIG)")
-    parser.add_argument(
-        "--max-lora-rank",
-        type=int,
-        metavar="N",
-        help="of the server (default: the configuration's)",
-    )
+    add_guard(parser)
     _add_jobs(parser)
     _add_json(parser.add_argument_group("what is shown"))
 

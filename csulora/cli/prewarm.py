@@ -21,7 +21,7 @@ from csulora.cli.output import progress, say, stdout
 from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import UsageError
 from csulora.files.peft_config import FILE as CONFIG
-from csulora.serving.config import VARIABLE, ServingConfig, from_environment, load
+from csulora.serving.config import ServingConfig, named
 from csulora.serving.guard import Admitted, Guard, RefusedError
 from csulora.text import one_line
 
@@ -29,9 +29,7 @@ FORMAT = "csulora_prewarm/1"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = from_environment() if arguments.config is None else load(arguments.config)
-    if config is None:
-        raise UsageError(f"no configuration: name one with --config or {VARIABLE}")
+    config = named(arguments.config)
     jobs = cores() if arguments.jobs is None else arguments.jobs
     for option, value in (("--jobs", jobs), ("--max-lora-rank", arguments.max_lora_rank)):
         if value is not None and value < 1:

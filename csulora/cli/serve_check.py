@@ -16,7 +16,7 @@ from csulora.cli.output import progress, say, stdout
 from csulora.errors import UsageError
 from csulora.serving.canary import ask
 from csulora.serving.check import Finding, check_folder, server_config, smallest
-from csulora.serving.config import VARIABLE, ServingConfig, from_environment, load
+from csulora.serving.config import named
 from csulora.serving.forms import MAX_RANKS
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
@@ -62,7 +62,7 @@ def _folders(arguments: argparse.Namespace) -> int:
     for option in ("api_key_env", "canary_dir"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} is for --url")
-    given = _config(arguments.config)
+    given = named(arguments.config)
     config = server_config(given, arguments.stack)
     max_rank = _max_rank(arguments.max_lora_rank, arguments.stack)
     folders = _adapters(arguments.folders or config.folders)
@@ -81,13 +81,6 @@ def _folders(arguments: argparse.Namespace) -> int:
             report(len(findings), len(folders), folder.name)
     _show(arguments, findings)
     return 0 if all(one.served for one in findings) else 1
-
-
-def _config(file: str | None) -> ServingConfig:
-    config = load(file) if file is not None else from_environment()
-    if config is None:
-        raise UsageError(f"no configuration: name one by --config, or by {VARIABLE}")
-    return config
 
 
 def _max_rank(given: int | None, stack: str) -> int | None:

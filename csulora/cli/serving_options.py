@@ -32,17 +32,7 @@ def add_check(parser: Any) -> None:
         "--stack", choices=STACKS, default="vllm", help="what serves (default: vllm)"
     )
     group = parser.add_argument_group("folders, before a server starts")
-    group.add_argument(
-        "--config",
-        metavar="FILE.toml",
-        help="of the guard (default: the one that CSULORA_CONFIG names)",
-    )
-    group.add_argument(
-        "--max-lora-rank",
-        type=int,
-        metavar="N",
-        help="that the server is started with (default: that of the configuration, else no limit)",
-    )
+    add_guard(group)
     group = parser.add_argument_group("a running server")
     group.add_argument(
         "--url", metavar="http://HOST:PORT", help="ask it to load an adapter that must be refused"
@@ -62,4 +52,19 @@ def add_check(parser: Any) -> None:
         default=60.0,
         metavar="SECONDS",
         help="to wait for an answer (default: 60)",
+    )
+
+
+def add_guard(parser: Any) -> None:
+    """Which guard it is about."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="of the guard (default: the one that CSULORA_CONFIG names)",
+    )
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        metavar="N",
+        help="that the server is started with (default: that of the configuration, else no limit)",
     )

@@ -133,8 +133,8 @@ def _figure(updates: Sequence[Update], kind: str) -> Callable[[float], float]:
 
 def _energy(update: Update) -> float:
     """||dW||^2."""
-    R = torch.linalg.qr(update.B.double(), mode="r")[1]
-    return float(update.spectrum.scaling**2 * (R @ update.A.double()).square().sum())
+    energy = in_float64.energy_of(update.B.double(), update.A.double())
+    return float(update.spectrum.scaling**2 * energy)
 
 
 def _sums(group: list[Update], settings: Method, kind: str) -> Callable[[Any], float]:

@@ -90,6 +90,14 @@ def fits_rank(parts: Parts, exact: Cores) -> bool:
     return bool((S[parts.B_in.shape[1] :] <= NOISE * S[0]).all())
 
 
+def energy_of(B: Tensor, A: Tensor) -> Tensor:
+    """||B A||^2 (scalar) of factors in float64.
+
+    Columns that cancel each other do so in the product with R, B = Q R, where Gram matrices would not.
+    """
+    return (torch.linalg.qr(B, mode="r")[1] @ A).square().sum()
+
+
 class Attenuated(NamedTuple):
     """A module corrected by CSULoRA."""
 
@@ -233,8 +241,7 @@ def _figures_of(
     P, Q, _, _ = projection
     inside, before = left @ (right @ V), B @ Q
     outside = A - Q @ V.mT
-    # Columns that cancel each other do so in the product with R, where their Gram matrix would not.
-    fo, all_out = P @ outside, (torch.linalg.qr(B, mode="r")[1] @ outside).square().sum()
+    fo, all_out = P @ outside, energy_of(B, outside)
     rest = torch.stack([fo.square().sum(), (all_out - fo.square().sum()).clamp_min(0)])
     energies = []
     for J in (before, inside):

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from csulora.adapter import DTYPES
-from csulora.errors import CsuloraError
+from csulora.errors import CsuloraError, UsageError
 from csulora.files.plain import read_bytes
 from csulora.settings import METHODS, Method
 
@@ -73,6 +73,17 @@ def from_environment() -> ServingConfig | None:
     if not found.strip():
         raise CsuloraError(f"{VARIABLE} is set and names no file")
     return load(found)
+
+
+def named(path: str | os.PathLike[str] | None) -> ServingConfig:
+    """The configuration that a command is given, or else that of the environment.
+
+    Raises UsageError where there is neither, and as `load`.
+    """
+    config = from_environment() if path is None else load(path)
+    if config is None:
+        raise UsageError(f"no configuration: name one with --config or {VARIABLE}")
+    return config
 
 
 def load(path: str | os.PathLike[str]) -> ServingConfig:

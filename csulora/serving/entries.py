@@ -188,7 +188,7 @@ class Entries:
     def _repaired(self, key: str, before: Record) -> Entry:
         folder = Path(before.source)
         facts = self.sources.known(folder) or self.sources.read(folder)[0]
-        if (facts.source.sha256, facts.source.config_sha256) != before.source_digests:
+        if facts.source.digests != before.source_digests:
             raise RefusedError(
                 "changed", f"its cache entry is damaged, and {folder} is another now"
             )

@@ -17,21 +17,9 @@ from csulora_kernels import Form
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank can be
 
 
-def choose(
-    adapter: LoraAdapter, subspace: SafetySubspace, config: ServingConfig, max_rank: int | None
-) -> tuple[Method, int]:
-    """The settings to correct an adapter with, and the largest rank of the result.
-
-    A form that the configuration fixes stays; otherwise it is exact where its rank fits, else same, and
-    for realignment same, which keeps the rank.
-
-    Raises RefusedError where no form fits, CsuloraError where adapter and subspace do not fit.
-    """
-    return pick(ranks(adapter, subspace, config), config, max_rank)
-
-
 def ranks(adapter: LoraAdapter, subspace: SafetySubspace, config: ServingConfig) -> dict[Form, int]:
-    """The largest rank of the result in each form. Raises CsuloraError as `choose`."""
+    """The largest rank of the result in each form. Raises CsuloraError where adapter and subspace
+    do not fit."""
     found: dict[Form, int] = {}
     for form in get_args(Form):
         # A strength that keeps to a budget changes no rank, unless it is 0, and takes long to find.
@@ -44,7 +32,15 @@ def ranks(adapter: LoraAdapter, subspace: SafetySubspace, config: ServingConfig)
 def pick(
     found: Mapping[Form, int], config: ServingConfig, max_rank: int | None
 ) -> tuple[Method, int]:
-    """`choose`, from what `ranks` found."""
+    """The settings to correct an adapter with, and the largest rank of the result.
+
+    found: of `ranks`.
+
+    A form that the configuration fixes stays; otherwise it is exact where its rank fits, else same, and
+    for realignment same, which keeps the rank.
+
+    Raises RefusedError where no form fits.
+    """
     form: Form = config.method.form
     if not config.fixed_form and isinstance(config.method, Correction):
         form = "exact" if max_rank is None or found["exact"] <= max_rank else "same"

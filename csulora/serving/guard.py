@@ -119,7 +119,7 @@ class Guard:
             if self.config.mode == "observe":
                 self._observe(given, name)
             return Admitted(given, None, 0, "", "raw")
-        limit = self.config.max_lora_rank if max_rank is None else max_rank
+        limit = self._limit(max_rank)
         with self._refusals(name, given):
             if self.cache.key_at(given) is not None:
                 return self._own(given, name, limit)
@@ -144,7 +144,7 @@ class Guard:
             if self.config.mode == "observe":
                 self._observe_tensors(tensors, values, name)
             return tensors, values
-        limit = self.config.max_lora_rank if max_rank is None else max_rank
+        limit = self._limit(max_rank)
         with self._refusals(name, None):
             with self._slots:
                 adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
@@ -192,6 +192,10 @@ class Guard:
             counters.add("zeroed")
             self._audit.line("zeroed", name, folder=given, reason=error.reason, text=str(error))
             return None
+
+    def _limit(self, max_rank: int | None) -> int | None:
+        """The largest rank that counts: the stack's, or else that of the configuration."""
+        return self.config.max_lora_rank if max_rank is None else max_rank
 
     def _admit(self, folder: Path, name: str, limit: int | None) -> Admitted:
         """`admit` of a folder that is none of the cache's, in the modes that protect."""
@@ -281,12 +285,8 @@ class Guard:
                 else:
                     details = before[1]
             self._audit.line("observed", name, folder=folder, **details)
-        except RefusedError as error:
-            self._audit.line(
-                "observed", name, folder=folder, would_refuse=error.reason, text=str(error)
-            )
         except Exception as error:
-            self._audit.line("observed", name, folder=folder, would_refuse="unforeseen", text=error)
+            self._audit.line("observed", name, folder=folder, **_objection(error))
 
     def _would_change(self, folder: Path) -> tuple[Facts, dict[str, Any]]:
         facts, adapter = self._entries.sources.read(folder)
@@ -304,8 +304,7 @@ class Guard:
                 details = self._change(adapter, self._entries.sources.ranks(adapter))
             self._audit.line("observed", name, **details)
         except Exception as error:
-            reason = getattr(error, "reason", "unforeseen")
-            self._audit.line("observed", name, would_refuse=reason, text=error)
+            self._audit.line("observed", name, **_objection(error))
 
     def _change(self, adapter: LoraAdapter, ranks: Mapping[Form, int]) -> dict[str, Any]:
         """What a correction would change, for the log."""
@@ -337,6 +336,11 @@ class Guard:
             counters.add("refused", error.reason)
             self._audit.line("refused", name, folder=folder, reason=error.reason, text=str(error))
             raise
+
+
+def _objection(error: Exception) -> dict[str, str]:
+    """What the log says of an adapter that is observed and would be refused."""
+    return {"would_refuse": getattr(error, "reason", "unforeseen"), "text": str(error)}
 
 
 _guard: tuple[int, Guard | None] | None = None  # of the process with this id

@@ -47,9 +47,7 @@ class Policy:
         """Of the correction of an adapter."""
         settings = self.recipe(method).provenance(self._subspace)["settings"]
         # Keys as they come: the order of patterns in the settings counts.
-        return _digest(
-            [METHOD, source.sha256, source.config_sha256, self._subspace.sha256, settings]
-        )
+        return _digest([METHOD, *source.digests, self._subspace.sha256, settings])
 
     def _chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         apart = () if self._config.fixed_form else ("form",)
@@ -58,7 +56,7 @@ class Policy:
 
 def key_of_copy(source: Source, how: str, by: str) -> str:
     """Of the copy of a corrected folder, by what proved it."""
-    return _digest([how, by, source.sha256, source.config_sha256])
+    return _digest([how, by, *source.digests])
 
 
 def _digest(values: list[Any]) -> str:

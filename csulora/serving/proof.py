@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from csulora.adapter import Source, identify
+from csulora.adapter import identify
 from csulora.errors import CsuloraError
 from csulora.files.folders import inside, whole_folder
 from csulora.files.peft_config import FILE as CONFIG
@@ -77,7 +77,7 @@ class Proofs:
                 if (folder / name).exists():
                     copy_file(inside(folder, name, folder), copied / name, durable=False)
             found = identify(copied)
-            if _digests(found) != _digests(facts.source):
+            if found.digests != facts.source.digests:
                 raise RefusedError("changed", f"{folder}: changed while it was being read")
             if how == "signed" and self._signature(copied) != by:
                 raise RefusedError("changed", f"{folder}: its signature changed meanwhile")
@@ -115,10 +115,6 @@ class Proofs:
         found = verify(copied, source=source, subspace=self.subspace, backend="torch", device="cpu")
         if not found.ok:
             raise _unproven(folder, found.problems[0])
-
-
-def _digests(source: Source) -> tuple[str, str]:
-    return source.sha256, source.config_sha256
 
 
 def _unproven(folder: Path, reason: str) -> RefusedError:

@@ -116,9 +116,8 @@ def _corrected(folder: Path) -> Source:
             f"{folder}: has no report of csulora; sign before it is removed"
         ) from None
     problems = differences(folder, report) or contradictions(folder, report)
-    digests = (adapter.source.sha256, adapter.source.config_sha256)
     stated = (report.output.get("sha256"), report.output.get("config_sha256"))
-    if problems or digests != stated:
+    if problems or adapter.source.digests != stated:
         reason = problems[0] if problems else "changed while it was being read"
         raise CsuloraError(f"{folder}: {reason}, so it is not signed")
     return adapter.source

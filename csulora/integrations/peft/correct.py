@@ -56,7 +56,18 @@ def correct_model(
     scalings that are not those of the configuration, results that do not fit a padding, and as `correct`.
     """
     found = read(model, adapter_name)
-    adapter = _marked(found, again)
+    return _corrected(found, _marked(found, again), subspace, correction, again, device)
+
+
+def _corrected(
+    found: Found,
+    adapter: LoraAdapter,
+    subspace: SafetySubspace,
+    correction: Method | None,
+    again: bool,
+    device: str,
+) -> Report:
+    """`correct_model`, of an adapter that was read."""
     # What is computed here may become part of the model, which may be trained outside of this mode.
     with torch.inference_mode(False), torch.no_grad():
         corrected, report = correct(adapter, subspace, correction, again=again, device=device)
@@ -96,7 +107,7 @@ def repair(
     found = read(model, adapter_name)
     adapter = _marked(found, again)
     subspace = estimate(base, aligned, rank=rank, like=adapter, device=device)
-    return correct_model(model, subspace, correction, found.name, again=again, device=device)
+    return _corrected(found, adapter, subspace, correction, again, device)
 
 
 def _marked(found: Found, again: bool) -> LoraAdapter:

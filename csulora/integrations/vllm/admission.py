@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,18 @@ from typing import Any, TypeVar
 from csulora.adapter import HUB_PATTERNS
 from csulora.errors import CsuloraError
 from csulora.files.hub import resolve_source
-from csulora.serving.guard import Guard
+from csulora.serving.guard import Guard, refusal_text
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def refusing(name: str, kind: type[Exception]) -> Iterator[None]:
+    """Raise a refusal of the adapter `name` as an error of this kind, which tells clients why."""
+    try:
+        yield
+    except CsuloraError as error:
+        raise kind(refusal_text(name, error)) from None
 
 
 class Admission:

@@ -10,7 +10,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 
 from csulora.errors import CsuloraError
-from csulora.integrations.vllm.admission import Admission
+from csulora.integrations.vllm.admission import Admission, refusing
 from csulora.integrations.vllm.hooks import Function, Hook
 from csulora.integrations.vllm.resolver import Resolver
 from csulora.serving.guard import refusal_text
@@ -93,11 +93,8 @@ def add_of_sound(function: Function, admission: Admission) -> Function:
     async def add_lora(self: Any, lora_request: Any) -> Any:
         max_rank = max_rank_of(self.vllm_config.lora_config)
         if max_rank is not None:
-            try:
+            with refusing(lora_request.lora_name, VLLMUnprocessableEntityError):
                 await admission.settling(lora_request, max_rank)
-            except CsuloraError as error:
-                text = refusal_text(lora_request.lora_name, error)
-                raise VLLMUnprocessableEntityError(text) from None
         return await function(self, lora_request)
 
     return add_lora
@@ -114,10 +111,8 @@ def checked_request(function: Function, admission: Admission) -> Function:
             request = bound.arguments.get("lora_request")
         max_rank = max_rank_of(self.vllm_config.lora_config)
         if request is not None and max_rank is not None:
-            try:
+            with refusing(request.lora_name, VLLMValidationError):
                 await admission.settling(request, max_rank)
-            except CsuloraError as error:
-                raise VLLMValidationError(refusal_text(request.lora_name, error)) from None
         return await function(self, *arguments, **options)
 
     return add_request
@@ -133,9 +128,7 @@ def checked(function: Function, admission: Admission) -> Function:
         function(self, lora_request)
         if lora_request is None:
             return
-        try:
+        with refusing(lora_request.lora_name, VLLMValidationError):
             admission.settle(lora_request, max_rank_of(self.lora_config))
-        except CsuloraError as error:
-            raise VLLMValidationError(refusal_text(lora_request.lora_name, error)) from None
 
     return _validate_lora

@@ -6,9 +6,7 @@ from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from csulora.errors import CsuloraError
-from csulora.integrations.vllm.admission import Admission
-from csulora.serving.guard import refusal_text
+from csulora.integrations.vllm.admission import Admission, refusing
 
 
 class Resolver(LoRAResolver):
@@ -24,12 +22,10 @@ class Resolver(LoRAResolver):
         Raises VLLMUnprocessableEntityError, which clients see as 422, for a refused adapter: None would
         let the next resolver have its turn.
         """
-        try:
+        with refusing(lora_name, VLLMUnprocessableEntityError):
             path = await self._admission.correcting(
                 self._admission.named, lora_name, self._max_rank
             )
-        except CsuloraError as error:
-            raise VLLMUnprocessableEntityError(refusal_text(lora_name, error)) from None
         if path is None:
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id

@@ -8,10 +8,9 @@ from typing import Any
 import msgspec
 
 from csulora.errors import CsuloraError
-from csulora.integrations.vllm.admission import Admission
+from csulora.integrations.vllm.admission import Admission, refusing
 from csulora.integrations.vllm.hooks import Function, Hook
 from csulora.serving import counters
-from csulora.serving.guard import refusal_text
 
 LOAD = Hook("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"))
 DUMMY = Hook(
@@ -44,21 +43,14 @@ def load_of_sound(function: Function, admission: Admission) -> Function:
         which = lora_request.lora_int_id, lora_request.lora_path
         if which in loaded:
             return _again(self, function, admission, lora_request, loaded[which])
-        path = _admitted(admission, lora_request, self.lora_config.max_lora_rank)
+        name = lora_request.lora_name
+        with refusing(name, CsuloraError):
+            path = admission.path(lora_request.lora_path, name, self.lora_config.max_lora_rank)
         lora = function(self, msgspec.structs.replace(lora_request, lora_path=path))
         loaded[which] = path
         return lora
 
     return _load_adapter
-
-
-def _admitted(admission: Admission, lora_request: Any, max_rank: int) -> str:
-    """The path of sound weights. Raises CsuloraError that names the adapter."""
-    name = lora_request.lora_name
-    try:
-        return admission.path(lora_request.lora_path, name, max_rank)
-    except CsuloraError as error:
-        raise CsuloraError(refusal_text(name, error)) from None
 
 
 def _again(self: Any, function: Function, admission: Admission, request: Any, path: str) -> Any:
