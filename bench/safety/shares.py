@@ -15,7 +15,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import torch
 
 from bench.safety import trials
 from bench.safety.comparisons import paired, transfer, with_error
-from bench.safety.evaluate import Metrics
 from bench.safety.families import Family, lambda_at, realigned
 from bench.safety.frontier import LIMIT, search
 from bench.safety.predictors import norm_ratio, rounded
@@ -31,7 +29,7 @@ from bench.safety.problem import Problem
 from bench.safety.results import Results, spread, table, value
 from bench.safety.stages import load_trained
 from bench.safety.summary import frontier
-from bench.safety.table import Bench, at_limit, ends, for_change, plain
+from bench.safety.table import Bench, at_limit, described, for_change, plain
 from bench.safety.worlds import WORLDS, World
 from csulora import Realignment
 
@@ -62,12 +60,7 @@ def measured(world: World, seed: int, models: Path, prompts: int | None = None) 
     searches = search(paths, lambda adapters: bench.measure(adapters, "validation"))
     result = {
         "format": FORMAT,
-        "world": world.name,
-        "seed": seed,
-        "settings": asdict(world),
-        "metrics": list(Metrics.__dataclass_fields__),
-        "counts": bench.evaluator.counts,
-        "ends": ends(bench, trained),
+        **described(bench, trained, world, seed),
         "frontier": at_limit(bench, searches),
         "at_change": _at_change(bench, paths),
         "predictors": {"norm_ratio": norm_ratio(bench.problem)},

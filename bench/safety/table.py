@@ -69,18 +69,13 @@ def world_table(
     """What the world's JSON holds."""
     start = time.perf_counter()
     bench = Bench(trained, world.task, device, size.prompts)
-    models = ends(bench, trained)
+    of_run = described(bench, trained, world, seed)
     paths = families(bench.problem, seed)
     wanted = paths if size.frontier else []
     searches = search(wanted, lambda adapters: bench.measure(adapters, "validation"), size.rounds)
     result = {
         "format": FORMAT,
-        "world": world.name,
-        "seed": seed,
-        "settings": asdict(world),
-        "metrics": list(Metrics.__dataclass_fields__),
-        "counts": bench.evaluator.counts,
-        "ends": models,
+        **of_run,
         "frontier": at_limit(bench, searches),
         "rules": _rules(bench, paths, size),
         "predictors": predictors(bench.problem, bench.evaluator),
@@ -90,7 +85,19 @@ def world_table(
     return rounded(result)
 
 
-def ends(bench: Bench, trained: Trained) -> dict[str, Any]:
+def described(bench: Bench, trained: Trained, world: World, seed: int) -> dict[str, Any]:
+    """What every run's JSON begins with: which run, how it is measured, and the models themselves."""
+    return {
+        "world": world.name,
+        "seed": seed,
+        "settings": asdict(world),
+        "metrics": list(Metrics.__dataclass_fields__),
+        "counts": bench.evaluator.counts,
+        "ends": _ends(bench, trained),
+    }
+
+
+def _ends(bench: Bench, trained: Trained) -> dict[str, Any]:
     """The models themselves on test prompts: base, aligned, raw, and the raw adapter on part of them."""
     own = {f"{n}.weight" for n in bench.problem.adapter.modules}
     raw = bench.problem.adapter
