@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,15 @@ def edit_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON object in a file; None removes a key."""
     value = json.loads(path.read_text(encoding="utf-8")) | changes
     write_json(path, {key: entry for key, entry in value.items() if entry is not None})
+
+
+def write_guard(path: Path, settings: Mapping[str, object] | None = None, **values: object) -> Path:
+    """A configuration of the guard, with a table of settings if there are any; None leaves a key out."""
+    lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+    if settings is not None:
+        lines += ["[settings]", *(f"{k} = {json.dumps(v)}" for k, v in settings.items())]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import LINEAR, load_aligned, save_pair
 from tolerances import TOLERANCES
 
 from csulora import (
@@ -38,53 +39,23 @@ SETTINGS = [
 EMBEDDINGS = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}
 
 
-def build(kind):
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=61,
-        )
-        return transformers.LlamaForCausalLM(config)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=16)
-    return transformers.GPT2LMHeadModel(config)
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def world(request, tmp_path_factory):
     """(kind, folder) with `base` and `aligned` checkpoints and their `subspace.safetensors`."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = build(request.param)
-    model.save_pretrained(folder / "base", max_shard_size="20KB")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder / "aligned")
+    save_pair(request.param, folder, max_shard_size="20KB")
     subspace = estimate(folder / "base", folder / "aligned", rank=6)
     subspace.save(folder / "subspace.safetensors")
     return request.param, folder
 
 
 def aligned_model(world):
-    kind, folder = world
-    cls = {"llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel}[kind]
-    return cls.from_pretrained(folder / "aligned", dtype=torch.float32)
-
-
-TARGETS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-}
+    return load_aligned(*world)
 
 
 def make_adapter(world, folder, dtype=torch.float32, whole_embeddings=False, **options):
     """A PEFT adapter with random factors, over all block-level linear layers if not told otherwise."""
-    options = {"r": 3, "lora_alpha": 5, "target_modules": TARGETS[world[0]]} | options
+    options = {"r": 3, "lora_alpha": 5, "target_modules": LINEAR[world[0]]} | options
     model = peft.get_peft_model(aligned_model(world), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -302,7 +273,7 @@ def with_embedding(world):
 
 
 def embedding_targets(kind):
-    return [*TARGETS[kind], EMBEDDINGS[kind].rpartition(".")[2]]
+    return [*LINEAR[kind], EMBEDDINGS[kind].rpartition(".")[2]]
 
 
 @pytest.mark.parametrize("correction", SETTINGS, ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import LINEAR, load_aligned, save_pair
 from tolerances import TOLERANCES
 
 from csulora import (
@@ -37,10 +38,6 @@ def named(method):
 
 
 TOKENS = torch.arange(24).reshape(2, 12) % 61
-LINEAR = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-}
 PATTERNS = {
     "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\..*": 1},
     "alpha_pattern": {"model.layers.0.self_attn.v_proj": 11, "mlp.up_proj": 2},
@@ -67,37 +64,13 @@ KINDS = {
 }
 
 
-def build(kind):
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=16
-        )
-        return transformers.GPT2LMHeadModel(config)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """By kind: `base` and `aligned`, folders of checkpoints, and the `subspace` of all their weights."""
     found = {}
     for kind in LINEAR:
         folder = tmp_path_factory.mktemp(kind)
-        model = build(kind)
-        model.save_pretrained(folder / "base")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(folder / "aligned")
+        save_pair(kind, folder)
         everything = [*LINEAR[kind], *(["embed_tokens", "lm_head"] if kind == "llama" else ["wte"])]
         subspace = estimate(folder / "base", folder / "aligned", rank=6, modules=everything)
         found[kind] = SimpleNamespace(
@@ -107,8 +80,7 @@ def worlds(tmp_path_factory):
 
 
 def aligned_model(world, dtype=torch.float32):
-    cls = {"llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel}[world.kind]
-    return cls.from_pretrained(world.aligned, dtype=dtype)
+    return load_aligned(world.kind, world.aligned.parent, dtype)
 
 
 def fill(model, name="default", seed=1):

@@ -31,9 +31,8 @@ def place(tmp_path, monkeypatch):
 
 def configure(place, **changes):
     values = {"mode": "correct", "subspace": "subspace.safetensors", "cache": "cache"} | changes
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    lines += ["[settings]", *(f"{name} = {GENTLE}" for name in STRENGTHS)]
-    (place / "csulora.toml").write_text("\n".join(lines))
+    settings = dict.fromkeys(STRENGTHS, GENTLE)
+    builders.write_guard(place / "csulora.toml", settings, **values)
 
 
 class World:

@@ -34,10 +34,7 @@ class Place:
             "cache": "cache",
             "audit": "audit.jsonl",
         } | changes
-        lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
-        if settings is not None:
-            lines += ["[settings]", *(f"{k} = {json.dumps(v)}" for k, v in settings.items())]
-        self.file.write_text("\n".join(lines) + "\n")
+        builders.write_guard(self.file, settings, **values)
 
     def config(self, settings=None, **changes):
         self.write(settings, **changes)

@@ -27,10 +27,8 @@ def place(tmp_path, monkeypatch):
 def configure(place, strength=1.0, **changes):
     values = {"mode": "correct", "subspace": "subspace.safetensors", "cache": "cache"}
     values |= {"folders": ["in"]} | changes
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    names = ("lambda_left", "lambda_right", "lambda_off")
-    lines += ["[settings]", *(f"{name} = {strength}" for name in names)]
-    (place / "csulora.toml").write_text("\n".join(lines))
+    settings = dict.fromkeys(("lambda_left", "lambda_right", "lambda_off"), strength)
+    builders.write_guard(place / "csulora.toml", settings, **values)
 
 
 def check(capsys, place, *arguments):

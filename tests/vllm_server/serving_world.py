@@ -127,15 +127,6 @@ def _greedy(model, prompt: Sequence[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def write_config(file: Path, **values) -> Path:
-    """A configuration of csulora's guard; settings by `settings`."""
-    settings = values.pop("settings", {})
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    lines += ["[settings]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return file
-
-
 def corrected(world: Path, adapter: Path, target: Path, correction=None, **options) -> Path:
     """What `csulora.correct_folder` makes of an adapter, in the portable form if nothing else is said."""
     subspace = csulora.SafetySubspace.load(world / "subspace.safetensors")

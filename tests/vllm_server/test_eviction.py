@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from builders import write_guard
 from serving_world import (
     PROMPTS,
     build_adapter,
@@ -10,7 +11,6 @@ from serving_world import (
     decisions,
     edit_weights,
     tokens_of,
-    write_config,
 )
 from vllm_process import MARKS, environment, serving
 
@@ -23,7 +23,7 @@ def place(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eviction")
     for seed, name in enumerate(NAMES):
         build_adapter(model, folder / "adapters" / name, seed=seed + 20)
-    write_config(
+    write_guard(
         folder / "serving.toml",
         mode="correct",
         subspace=str(model / "subspace.safetensors"),

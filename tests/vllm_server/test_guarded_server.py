@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from builders import edit_json, write_guard
 from safetensors.torch import load_file, save_file
 from serving_world import (
     KINDS,
@@ -20,18 +21,12 @@ from serving_world import (
     decisions,
     edit_weights,
     tokens_of,
-    write_config,
 )
 from vllm_process import MARKS, environment, serving
 
 pytestmark = MARKS
 SHARED = [f"shared-{i}" for i in range(5)]
 LONG = list(range(2, 202))  # more than a block of the prefix cache
-
-
-def edit_config(folder, **changes):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def with_peft(model, folder, **options):
@@ -106,14 +101,14 @@ def place(model, tmp_path_factory):
     for name in ("stock-bad", "bad-nan"):
         not_a_number(model, folder / "stock" / name)
     for adapter in (folder / "stock").iterdir():
-        edit_config(adapter, base_model_name_or_path=str(model / "aligned"))
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(model / "aligned"))
     (folder / "outside").symlink_to(folder / "stock" / "stock-good")
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(model, place, plugin):
-    config = write_config(
+    config = write_guard(
         place / "serving.toml",
         mode="correct",
         subspace=str(model / "subspace.safetensors"),

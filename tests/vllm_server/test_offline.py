@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from serving_world import PROMPTS, build_adapter, corrected, edit_weights, tokens_of, write_config
+from builders import write_guard
+from serving_world import PROMPTS, build_adapter, corrected, edit_weights, tokens_of
 from vllm_process import MARKS, START_LIMIT, environment, launched
 
 import csulora
@@ -44,7 +45,7 @@ def test_a_script_gets_corrected_answers_or_an_error_that_it_survives(processes,
     good = build_adapter(model, tmp_path / "good", seed=30)
     bad = build_adapter(model, tmp_path / "bad", seed=31)
     edit_weights(bad, lambda X: X * float("nan"))
-    config = write_config(
+    config = write_guard(
         tmp_path / "serving.toml",
         mode="correct",
         subspace=str(model / "subspace.safetensors"),
@@ -72,7 +73,7 @@ def test_the_example_answers_from_the_corrected_adapter(model, tmp_path):
     assets = root / "csulora" / "demo" / "assets"
     subspace = csulora.estimate(assets / "base", assets / "aligned", rank=16, device="cpu")
     subspace.save(tmp_path / "subspace.safetensors")
-    config = write_config(
+    config = write_guard(
         tmp_path / "serving.toml",
         mode="correct",
         method="realign",

@@ -1,7 +1,8 @@
 """Starts that must not be, and a server of several processes that take requests."""
 
 import pytest
-from serving_world import PROMPTS, build_adapter, corrected, decisions, tokens_of, write_config
+from builders import write_guard
+from serving_world import PROMPTS, build_adapter, corrected, decisions, tokens_of
 from vllm_process import MARKS, environment, refused_start, serving
 
 pytestmark = MARKS
@@ -23,7 +24,7 @@ def config_of(model, place, **changes):
         "cache": "cache",
         "audit": "audit.jsonl",
     }
-    return write_config(place / "serving.toml", **values | changes)
+    return write_guard(place / "serving.toml", **values | changes)
 
 
 def test_a_wrong_configuration_is_no_start(model, place):

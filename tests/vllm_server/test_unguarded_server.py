@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from serving_world import KINDS, PROMPTS, build_adapter, corrected, tokens_of, write_config
+from builders import write_guard
+from serving_world import KINDS, PROMPTS, build_adapter, corrected, tokens_of
 from vllm_process import MARKS, environment, serving
 
 from csulora import Correction, Realignment
@@ -32,7 +33,7 @@ def place(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, place):
-    config = write_config(
+    config = write_guard(
         place / "serving.toml",
         mode="correct",
         subspace=str(model / "subspace.safetensors"),
