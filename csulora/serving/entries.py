@@ -55,7 +55,7 @@ class Entries:
             if record is not None:
                 return self._entry(key, record)
             if key in self._refused:
-                raise RefusedError(self._refused[key].reason, str(self._refused[key]))
+                raise self._refused[key].plain()
         return None
 
     def make(self, facts: Facts, adapter: LoraAdapter | None, limit: int | None) -> Entry:
@@ -148,7 +148,7 @@ class Entries:
                 self._check(outcome.report, method)
             except RefusedError as error:
                 if error.reason == "rank error":  # from now on without making it
-                    self._refused[key] = error
+                    self._refused[key] = error.plain()
                 raise
             seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
             return Record.of(

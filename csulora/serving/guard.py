@@ -274,8 +274,9 @@ class Guard:
 
     def _observe(self, given: Path, name: str) -> None:
         """Log what a correction would change. Never raises: the raw adapter is served in any case."""
-        folder = Path(os.path.realpath(given))
+        folder = given
         try:
+            folder = Path(os.path.realpath(given))
             with self._flights.of(folder), self._slots:
                 facts = self._entries.sources.known(folder)
                 before = self._observed.get(folder)

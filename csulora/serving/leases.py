@@ -29,19 +29,20 @@ class OwnFile:
 
     def write(self, content: bytes) -> None:
         """Replace its content. Raises OSError."""
-        if not self._is_there():
+        if not self.is_there():
             self._make()
         os.pwrite(self._file, content, 0)
         os.ftruncate(self._file, len(content))
 
     def append(self, content: bytes) -> bool:
         """Add to its content; False where the file is not there, so that all has to be written."""
-        if not self._is_there():
+        if not self.is_there():
             return False
         os.pwrite(self._file, content, os.fstat(self._file).st_size)
         return True
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
+        """Whether the file is this process's own, and still in its place."""
         if self._pid != os.getpid():  # a forked process has a file of its own
             return False
         with contextlib.suppress(FileNotFoundError):
@@ -103,6 +104,8 @@ class Leases:
     def take(self, key: str) -> None:
         """Hold a key until this process ends."""
         with self._lock:
+            if key in self._keys and self._own.is_there():
+                return  # refused requests take their key again and again
             self._keys.add(key)
             if not self._own.append(f"\n{key}".encode()):
                 self._write()

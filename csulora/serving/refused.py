@@ -18,3 +18,7 @@ class RefusedError(CsuloraError):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+    def plain(self) -> RefusedError:
+        """The same without a traceback: what is kept, and what is raised of it."""
+        return RefusedError(self.reason, str(self))

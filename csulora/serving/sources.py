@@ -64,7 +64,7 @@ class Sources:
             return found
         if time.monotonic() - at > _MOMENT:
             return None
-        raise RefusedError(found.reason, str(found))
+        raise found.plain()
 
     def read(self, folder: Path) -> tuple[Facts, LoraAdapter]:
         """Read a folder. Raises RefusedError for what cannot be corrected."""
@@ -74,12 +74,12 @@ class Sources:
             adapter = _load(folder, portable=self._config.portable)
             found = self._facts(adapter)
         except RefusedError as error:
-            found = error
+            found = error.plain()  # the error itself holds the adapter, by its traceback
         if before is not None and before == of_adapter(folder) and is_settled(before):
             with self._lock:
                 self._found[folder] = before, found, time.monotonic()
         if isinstance(found, RefusedError):
-            raise found
+            raise found.plain()
         return found, adapter
 
     def with_digests(self, name: str, sha256: object, config_sha256: object) -> Path | None:

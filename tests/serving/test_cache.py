@@ -361,6 +361,17 @@ def test_leases_stand_though_the_cache_was_emptied(place):
     assert place.entries() == sorted([first.key, second.key])
 
 
+def test_leases_do_not_grow_by_asking_again(place):
+    """A client that asks for a refused adapter again and again must not fill the file that others read."""
+    raw = place.adapter()
+    g = place.guard(mode="require")
+    for _ in range(50):
+        with pytest.raises(RefusedError, match="is not corrected"):
+            g.admit(raw, "raw")
+    (file,) = (place.cache / "leases").iterdir()
+    assert len(file.read_text().split()) == 1
+
+
 KILLED = """
 import csulora.{module} as module
 real = module.{function}

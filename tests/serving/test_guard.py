@@ -1,5 +1,6 @@
 """What is admitted, in which form, and that nothing uncorrected ever is."""
 
+import gc
 import json
 import os
 import pickle
@@ -384,6 +385,29 @@ def test_observe_serves_raw_and_says_what_would_change(place):
     assert (second["would_refuse"], third["would_refuse"]) == ("not lora", "missing")
     assert again["relative_change"] == first["relative_change"]
     assert place.entries() == []
+
+
+def test_observe_does_not_raise_for_a_path_that_is_none(place):
+    g = place.guard(mode="observe")
+    assert g.admit("/a\0b", "one").how == "raw"
+    (line,) = place.decisions()
+    assert line["would_refuse"] == "unforeseen" and "null byte" in line["text"]
+
+
+def adapters_in_memory():
+    gc.collect()
+    return sum(type(X) is csulora.LoraAdapter for X in gc.get_objects())
+
+
+@pytest.mark.parametrize("reason", ["subspace", "rank error"])
+def test_a_refusal_that_is_remembered_holds_no_adapter(place, reason):
+    shapes = {"model.layers.7.odd": (24, 16)} if reason == "subspace" else None
+    folder = place.adapter(shapes=shapes)
+    g = place.guard(max_lora_rank=4)
+    before = adapters_in_memory()
+    for _ in range(2):
+        assert refused(g, folder).reason == reason
+        assert adapters_in_memory() <= before
 
 
 def test_off_does_nothing(place):
