@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from csulora.cli.output import progress, say, stdout
 from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import UsageError
 from csulora.files.peft_config import FILE as CONFIG
+from csulora.serving.audit import silent
 from csulora.serving.config import ServingConfig, named
 from csulora.serving.guard import Admitted, Guard, RefusedError
 from csulora.text import one_line
@@ -35,13 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
     folders = _adapters(arguments.adapters, config)
-    # The decisions are complained of here; and a product's own threads would wait for each other.
-    logging.getLogger("csulora.serving").addHandler(logging.NullHandler())
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a product's own threads would wait for each other
     # A server in mode "require" takes what is made here.
     guard = Guard(replace(config, mode="correct"), at_once=jobs)
-    guard.open()
-    found = _admitted(guard, folders, jobs, arguments.max_lora_rank)
+    with silent():
+        guard.open()
+        found = _admitted(guard, folders, jobs, arguments.max_lora_rank)
     entries = [_entry(guard, *one) for one in found.items()]
     counts = Counter(entry["how"] for entry in entries)
     if arguments.json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from csulora.batch.sources import find
 from csulora.cli.output import progress, say, stdout
 from csulora.errors import UsageError
+from csulora.serving.audit import silent
 from csulora.serving.canary import ask
 from csulora.serving.check import Finding, check_folder, server_config, smallest
 from csulora.serving.config import named
@@ -68,11 +68,9 @@ def _folders(arguments: argparse.Namespace) -> int:
     folders = _adapters(arguments.folders or config.folders)
     if given.mode != config.mode:
         say(f"csulora: mode is {given.mode}; this is what {config.mode} would do")
-    # A refusal is a result here, and no event of a server.
-    logging.getLogger("csulora.serving").setLevel(logging.CRITICAL)
     subspace = SafetySubspace.load(config.subspace)
     findings: list[Finding] = []
-    with progress("checking") as report:
+    with silent(), progress("checking") as report:
         for folder in folders:
             found = check_folder(folder, subspace, config, stack=arguments.stack, max_rank=max_rank)
             findings.append(found)

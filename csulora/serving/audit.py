@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,16 @@ from csulora.text import encodable, one_line
 
 _LOG = logging.getLogger("csulora.serving")
 _LEVELS = {"refused": logging.WARNING, "repaired": logging.WARNING, "zeroed": logging.ERROR}
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing in the process's own log meanwhile, for commands, which say themselves what was decided."""
+    before, _LOG.disabled = _LOG.disabled, True
+    try:
+        yield
+    finally:
+        _LOG.disabled = before
 
 
 class Audit:

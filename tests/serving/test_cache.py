@@ -362,7 +362,7 @@ def test_leases_stand_though_the_cache_was_emptied(place):
 
 
 def test_leases_do_not_grow_by_asking_again(place):
-    """A client that asks for a refused adapter again and again must not fill the file that others read."""
+    """Who asks for a refused adapter again and again must not fill the file that others read."""
     raw = place.adapter()
     g = place.guard(mode="require")
     for _ in range(50):
