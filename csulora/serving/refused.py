@@ -1,8 +1,12 @@
-"""The one error of a guard."""
+"""The errors of a guard."""
 
 from __future__ import annotations
 
 from csulora.errors import CsuloraError
+
+
+class CacheError(CsuloraError):
+    """The cache cannot be used, or cannot take an entry: nothing about the adapter is the matter."""
 
 
 class RefusedError(CsuloraError):
@@ -12,7 +16,7 @@ class RefusedError(CsuloraError):
         "not lora" (tensors that are no update which can be corrected), "source" (files that cannot be
         read as an adapter), "subspace" (that of another model), "rank", "rank error" (of form same),
         "not corrected", "unproven" (says that it was corrected), "damaged" (an entry of the cache),
-        "changed" (its source, since), "unforeseen".
+        "changed" (its source, since), "cache" (which cannot take it), "unforeseen".
     """
 
     def __init__(self, reason: str, text: str) -> None:
