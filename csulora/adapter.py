@@ -78,14 +78,11 @@ class LoraModule:
 
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""
-        missing = rank - self.rank
-        return replace(
-            self,
-            A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
-            B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
-            alpha=rank,
-            scaling=1.0,
-        )
+        A, B, missing = self.A, self.B * self.scaling, rank - self.rank
+        if missing:  # a pad of nothing copies all
+            A = torch.nn.functional.pad(A, (0, 0, 0, missing))
+            B = torch.nn.functional.pad(B, (0, missing))
+        return replace(self, A=A, B=B, alpha=rank, scaling=1.0)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Proofs:
         )
 
     def _report(self, folder: Path, copied: Path) -> Report:
-        """The report of a folder, in its copy. Raises RefusedError unless its settings are the server's."""
+        """The report of a folder, in its copy. Raises RefusedError for other settings than ours."""
         try:
             report = written_report(copied)
         except CsuloraError as error:
