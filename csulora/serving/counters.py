@@ -12,17 +12,21 @@ import json
 import logging
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from csulora.errors import CsuloraError
 from csulora.files.plain import read_bytes, stamp, write_bytes
-from csulora.serving.leases import OwnFile, others_file, paths_in, remove_unfinished
+from csulora.serving.own_files import OwnFile, others_file, paths_in, remove_unfinished
 
 _SUFFIX = ".counters"
 _TOTAL = "ended.json"  # of processes that have ended
+# Bytes of each half of a process's file. One is whole while the other is written.
+_HALF = 4096
 _LIMIT = 1 << 20  # bytes of that
 _TRIES = 20  # of a sum, while others are added up
 _LOG = logging.getLogger("csulora.serving")
@@ -38,6 +42,7 @@ class _Own:
         self.counts: Counts = Counter()
         self.folder: Path | None = None
         self.file: OwnFile | None = None
+        self.notes = 0  # of the counts in the file
         self.failed = False  # to keep the counts, the last time
         self.shown: Counts = Counter()  # by `collect`
 
@@ -72,7 +77,7 @@ def add(name: str, reason: str = "", seconds: Mapping[str, float] | None = None)
         if _own.file is None:
             return
         try:
-            _own.file.write(_text(_own.counts))
+            _note(_own, _own.file)
             _own.failed = False
         except OSError as error:  # no reason to serve nothing
             if not _own.failed:
@@ -156,11 +161,20 @@ def _add_up(folder: Path) -> None:
     remove_unfinished(folder, _SUFFIX)
 
 
+def _note(own: _Own, file: OwnFile) -> None:
+    """Write the counts into that half of the file which is not the newest. Raises OSError."""
+    text = json.dumps([own.notes + 1, _nested(own.counts)]).encode()
+    half = (b"%08x" % zlib.crc32(text) + text).ljust(_HALF)
+    if len(half) > _HALF or not file.overwrite(half, _HALF * (own.notes % 2)):
+        file.write(half + half)
+    own.notes += 1
+
+
 def _noted(folder: Path) -> Iterator[tuple[Path, Counts, bool]]:
     """What each process has noted, and whether it lives; what cannot be opened is left out."""
     for path in paths_in(folder, _SUFFIX):
         with contextlib.suppress(OSError, CsuloraError), others_file(path) as (file, alive):
-            yield path, _parsed(file.readall() or b""), alive
+            yield path, _parsed(file), alive
 
 
 def _version(folder: Path) -> tuple[int, ...]:
@@ -193,16 +207,30 @@ def _nested(counts: Counts) -> dict[str, dict[str, float]]:
     return nested
 
 
-def _text(counts: Counts) -> bytes:
-    return json.dumps(_nested(counts)).encode()
-
-
-def _parsed(content: bytes) -> Counts:
+def _parsed(file: FileIO) -> Counts:
     """What a file says, nothing where a crash of the machine has spoiled it."""
+    for _ in range(_TRIES):
+        file.seek(0)
+        data = file.readall() or b""
+        half = len(data) // 2
+        found = [one for one in map(_half, (data[:half], data[half:])) if one is not None]
+        if found:
+            return max(found, key=lambda one: one[0])[1]
+        if not data:
+            break  # both may have been written to while they were read
+    return Counter()
+
+
+def _half(data: bytes) -> tuple[int, Counts] | None:
+    """The number and the counts of a half, None if it is not whole."""
+    text = data[8:].rstrip()
     try:
-        return _counts(json.loads(content))
+        if int(data[:8], 16) != zlib.crc32(text):
+            return None
+        number, nested = json.loads(text)
+        return int(number), _counts(nested)
     except (ValueError, TypeError, AttributeError):
-        return Counter()
+        return None
 
 
 def _counts(nested: Any) -> Counts:

@@ -39,7 +39,7 @@ def of_itself(place, monkeypatch, log):
 
 def with_a_handler_that_raises(place, monkeypatch, log):
     monkeypatch.setattr(logging.Logger, "handle", lambda *_: 1 / 0)
-    log.line("hit", "one")
+    log.line("refused", "one")
 
 
 def without_memory(place, monkeypatch, log):

@@ -499,7 +499,7 @@ def test_nothing_goes_while_leases_cannot_be_read(place, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path, **options)
 
-    monkeypatch.setattr("csulora.serving.leases.open_regular", opened)
+    monkeypatch.setattr("csulora.serving.own_files.open_regular", opened)
     g = place.guard(cache_bytes=1)
     assert g.admit(place.adapter("new", seed=1), "new").how == "corrected"
     assert key in place.entries()
