@@ -15,7 +15,7 @@ from csulora.serving.config import ServingConfig
 from csulora.serving.forms import pick
 from csulora.serving.policy import Policy, key_of_copy
 from csulora.serving.proof import How, Proofs
-from csulora.serving.recent import Recent
+from csulora.serving.recent import Recent, Refusals
 from csulora.serving.record import FILE_MODE, Record
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
@@ -44,6 +44,7 @@ class Entries:
         # Keys of entries that may be served under this configuration.
         self._trusted: Recent[str, bool] = Recent()
         self._refused: Recent[str, RefusedError] = Recent()  # by key: what only a correction shows
+        self._untaken: Refusals[str, None] = Refusals()  # by key: what there was no room for
 
     def unchanged(self, key: str) -> bool:
         """Whether an entry that was given out has the same files: three stats."""
@@ -188,7 +189,9 @@ class Entries:
             record = self._cache.find(key)
             if record is not None:
                 return self._entry(key, record)
-            return self._entry(key, self._cache.put(key, make), how, seconds)
+            with self._untaken.remembering(key, None, ("cache",)):
+                record = self._cache.put(key, make)
+            return self._entry(key, record, how, seconds)
 
     def _entry(
         self, key: str, record: Record, made: str = "", seconds: dict[str, float] | None = None

@@ -24,7 +24,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.names import find_adapter
 from csulora.serving.observer import Observer
 from csulora.serving.recent import Recent
-from csulora.serving.refused import CacheError, RefusedError
+from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
@@ -289,8 +289,6 @@ class Guard:
                 yield
             except RefusedError:
                 raise
-            except CacheError as error:
-                raise RefusedError("cache", str(error)) from None
             except CsuloraError as error:
                 raise RefusedError("source", str(error)) from None
             except Exception as error:  # a server must not fall over what nobody foresaw

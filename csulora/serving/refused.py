@@ -5,10 +5,6 @@ from __future__ import annotations
 from csulora.errors import CsuloraError
 
 
-class CacheError(CsuloraError):
-    """The cache cannot be used, or cannot take an entry: nothing about the adapter is the matter."""
-
-
 class RefusedError(CsuloraError):
     """An adapter that is not served. Its text says why, without the adapter's name.
 
@@ -26,3 +22,10 @@ class RefusedError(CsuloraError):
     def plain(self) -> RefusedError:
         """The same without a traceback: what is kept, and what is raised of it."""
         return RefusedError(self.reason, str(self))
+
+
+class CacheError(RefusedError):
+    """The cache cannot be used, or cannot take an entry: nothing about the adapter is the matter."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("cache", text)

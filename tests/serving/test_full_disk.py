@@ -86,7 +86,29 @@ def test_a_start_without_a_byte_or_a_file_to_be_had(place, monkeypatch):
         assert caught.value.reason == "cache"
         assert counters.collect()["refused", "cache"] == counters.collect()["corrected", ""] == 1
     assert place.entries() == [key] and place.leftovers() == []
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
     assert g.admit(two, "two").how == "corrected"  # once there is room
+
+
+def test_nothing_is_corrected_at_each_request_for_want_of_room(place, monkeypatch):
+    folder, g = place.adapter(), place.guard()
+    tried = []
+
+    def full(*_, **__):
+        tried.append(1)
+        raise DiskFullError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("csulora.serving.entries.write_folder", full)
+        for _ in range(5):
+            with pytest.raises(RefusedError, match="No space left") as caught:
+                g.admit(folder, "one")
+            assert caught.value.reason == "cache"
+    assert len(tried) == 1
+    with pytest.raises(RefusedError):
+        g.admit(folder, "one")
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
+    assert g.admit(folder, "one").how == "corrected"
 
 
 def test_a_first_start(place, monkeypatch):
@@ -97,6 +119,7 @@ def test_a_first_start(place, monkeypatch):
         with pytest.raises(RefusedError) as caught:
             g.admit(folder, "one")
         assert caught.value.reason == "cache"
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
     assert g.admit(folder, "one").how == "corrected"
 
 
@@ -149,6 +172,7 @@ def test_a_damaged_entry_that_cannot_be_made_anew(place, monkeypatch):
         with pytest.raises(RefusedError) as caught:
             g.check(path, "one")
         assert caught.value.reason == "cache"
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
     g.check(path, "one")
 
 
