@@ -48,6 +48,7 @@ class Cache:
         self._known: Recent[str, Record] = Recent()  # of entries that this process has seen sound
         self._sound: Recent[str, Identity] = Recent()  # files whose digests are verified
         self._touched: Recent[str, float] = Recent()
+        self._sizes: dict[str, int] = {}  # of all entries, at the last look
 
     def open(self) -> None:
         """Make or check the folder, remove what killed processes left in it, and count in it from now on.
@@ -187,17 +188,37 @@ class Cache:
             return False
 
     def _evict(self, limit: int) -> bool:
-        entries = sorted(self._entries())
-        total = before = sum(size for _, size, _ in entries)
-        held = self._leases.held() if total > limit else set()
-        for _, size, key in entries:
+        with os.scandir(self.root) as found:
+            keys = [e.name.removesuffix(".json") for e in found if e.name.endswith(".json")]
+        # Entries do not change: each is looked at once, however many come after it.
+        known, self._sizes = self._sizes, {}
+        for key in keys:
+            with contextlib.suppress(OSError):
+                self._sizes[key] = known.get(key) or self._size(key)
+        total = before = sum(self._sizes.values())
+        if total <= limit:
+            return False
+        held = self._leases.held()
+        for key in sorted(self._sizes.keys() - held, key=self._used):
             if total <= limit:
                 break
-            if key not in held:
-                with contextlib.suppress(OSError):
-                    self._discard(key)
-                    total -= size
+            with contextlib.suppress(OSError):
+                self._discard(key)
+                total -= self._sizes.pop(key)
         return total < before
+
+    def _size(self, key: str) -> int:
+        """Bytes of an entry with its record. Raises OSError where there is none."""
+        with os.scandir(self.folder(key)) as found:
+            sizes = [entry.stat(follow_symlinks=False).st_size for entry in found]
+        return sum(sizes) + os.lstat(self._record(key)).st_size
+
+    def _used(self, key: str) -> int:
+        """When an entry was last used, which its record tells."""
+        try:
+            return os.lstat(self._record(key)).st_mtime_ns
+        except OSError:
+            return 0
 
     def _made(self, key: str, make: Callable[[Path], Record]) -> Record:
         self._discard(key)
@@ -230,19 +251,6 @@ class Cache:
 
     def _unusable(self, error: OSError) -> CacheError:
         return CacheError(f"cache: {self.root}: cannot be used ({error.strerror or error})")
-
-    def _entries(self) -> Iterator[tuple[int, int, str]]:
-        """When it was last used, bytes and key of each entry."""
-        with os.scandir(self.root) as found:
-            names = [entry.name for entry in found if entry.name.endswith(".json")]
-        for name in names:
-            key = name.removesuffix(".json")
-            with contextlib.suppress(OSError):
-                used = os.lstat(self._record(key))
-                sizes = [
-                    e.stat(follow_symlinks=False).st_size for e in os.scandir(self.folder(key))
-                ]
-                yield used.st_mtime_ns, used.st_size + sum(sizes), key
 
     def _check_root(self) -> None:
         """Raise CacheError unless the folder is one of this user, which nobody else may enter."""

@@ -358,6 +358,29 @@ def test_a_new_entry_makes_room_and_stays(place):
     g.check(new.path, "new")
 
 
+def test_room_is_made_for_the_price_of_the_new_entry(place, monkeypatch):
+    """However many there are already."""
+    made_by_another(place, *(place.adapter(str(i), seed=i) for i in range(4)))
+    g = place.guard(cache_bytes="1GB")
+    looked, real = [], os.scandir
+
+    def scandir(path):
+        looked.append(os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = g.admit(place.adapter("new", seed=4), "new")
+    assert [path for path in looked if len(os.path.basename(path)) == 64] == [str(found.path)]
+    # What others made and removed meanwhile is seen.
+    monkeypatch.undo()
+    monkeypatch.setattr(g.cache, "_limit", size(place))
+    assert not g.cache.evict()
+    shutil.rmtree(place.cache / made_by_another(place, place.adapter("more", seed=5))[0])
+    assert not g.cache.evict()
+    made_by_another(place, place.adapter("again", seed=6))
+    assert g.cache.evict() and found.key in place.entries()
+
+
 def test_what_cannot_be_removed_is_no_reason_to_refuse_another(place, monkeypatch):
     (old,) = made_by_another(place, place.adapter("old"))
     real = caches._remove
