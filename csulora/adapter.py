@@ -78,14 +78,11 @@ class LoraModule:
 
     def portable(self, rank: int) -> LoraModule:
         """The same update with the scaling folded into B and zeros up to `rank`."""
-        missing = rank - self.rank
-        return replace(
-            self,
-            A=torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
-            B=torch.nn.functional.pad(self.B * self.scaling, (0, missing)),
-            alpha=rank,
-            scaling=1.0,
-        )
+        A, B, missing = self.A, self.B * self.scaling, rank - self.rank
+        if missing:  # a pad of nothing copies all
+            A = torch.nn.functional.pad(A, (0, 0, 0, missing))
+            B = torch.nn.functional.pad(B, (0, missing))
+        return replace(self, A=A, B=B, alpha=rank, scaling=1.0)
 
 
 @dataclass(frozen=True)
@@ -275,20 +272,25 @@ def write_folder(
     report: Mapping[str, Any] | None,
     durable: bool = True,
     companions: bool = True,
+    mode: int | None = None,
 ) -> Written:
-    """`LoraAdapter.save`, and what a report says of it; durable and companions as in `correct_folder`."""
+    """`LoraAdapter.save`, and what a report says of it; durable and companions as in `correct_folder`.
+
+    mode: permission bits of the files, None: those of the source's.
+    """
     if adapter.source is not None:
         check_apart(folder, adapter.source.folder)
     check_replaceable(folder)
     whole = whole_folder(folder, overwrite=overwrite, durable=durable)
     with writing(folder), whole as temporary:
         left_out: list[str] = []
-        mode = config_mode = None
+        config_mode = mode
         if adapter.source is not None:
             origin = adapter.source.folder
             if companions:
                 left_out = copy_companions(origin, temporary, adapter.nbytes, OWN, durable=durable)
-            mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
+            if mode is None:
+                mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
         config = json_bytes(adapter.written_config())
         metadata = metadata_of(adapter.made)
         digest = write_safetensors(

@@ -9,7 +9,11 @@ class UsageError(CsuloraError):
     """The call itself is wrong: nothing was started."""
 
 
-class DiskFullError(CsuloraError):
+class WriteError(CsuloraError):
+    """What should be written could not be, for a reason that lies where it should go."""
+
+
+class DiskFullError(WriteError):
     """No space, or no quota, is left where an output should go."""
 
 

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from csulora.errors import CsuloraError, DiskFullError, ExistsError
+from csulora.errors import CsuloraError, DiskFullError, ExistsError, WriteError
 from csulora.files.locks import hold, open_locked
 from csulora.files.plain import mode_of
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
 # What is in the temporary folder of an output: its lock, the output to be, the one that it replaces.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 # Folders in which a run is at work: they are not made anew, and nothing below them is written to links.
@@ -157,12 +158,11 @@ def _remove(temporary: Path) -> None:
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turn what the file system says while `target` is being written into one CsuloraError."""
+    """Turn what the file system says while `target` is being written into one WriteError."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (DiskFullError if full else CsuloraError)(
+        raise (DiskFullError if error.errno in FULL else WriteError)(
             f"{target}: cannot be written ({error.filename or target}: {error.strerror or error})"
         ) from None
 

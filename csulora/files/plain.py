@@ -96,11 +96,13 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bo
         sync(file, mode, durable=durable)
 
 
-def copy_file(source: Path, destination: Path, *, durable: bool = True) -> None:
+def copy_file(
+    source: Path, destination: Path, *, mode: int | None = None, durable: bool = True
+) -> None:
     """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
 
-    Holes are left out, so that a copy takes no more of the disk than its source. durable: as in
-    `write_bytes`.
+    Holes are left out, so that a copy takes no more of the disk than its source. mode: permission bits in
+    place of the source's. durable: as in `write_bytes`.
     """
     with reading(source):
         reader = open_regular(source)
@@ -111,7 +113,7 @@ def copy_file(source: Path, destination: Path, *, durable: bool = True) -> None:
         if stamp(os.fstat(reader.fileno())) != stamp(found):
             raise changed(source)
         writer.truncate(found.st_size)
-        sync(writer, permissions(found), durable=durable)
+        sync(writer, permissions(found) if mode is None else mode, durable=durable)
 
 
 def permissions(found: os.stat_result) -> int:

@@ -128,7 +128,7 @@ class SafetensorsFile:
         }
         # Nearly every file holds one type only: then its body is checked in one sweep.
         kinds = set(dtypes.values())
-        one = len(kinds) == 1 and self._body and _is_finite(body.view(next(iter(kinds))))
+        one = len(kinds) == 1 and self._body and is_finite(body.view(next(iter(kinds))))
         if not one:
             check_finite(self._path, tensors)
         return tensors, self._digest.hexdigest()
@@ -190,8 +190,19 @@ def read_tensor(header: Header, name: str) -> Tensor:
 def check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CsuloraError that names the tensor if one holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CsuloraError(f"{where}: tensor {name} holds NaN or Inf")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; reads it once, and `torch.isfinite` several times."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # the 8-bit types have no comparisons
+    # Both ends are NaN if any element is, and one is infinite if any element is.
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -362,16 +373,6 @@ def _view(path: Path, name: str, data: Tensor, dtype: torch.dtype, entry: Entry)
         return data.view(dtype).view(entry.shape)
     except RuntimeError as error:  # a shape that PyTorch cannot express
         raise _malformed(path, f"tensor {name}: {error}") from None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # the 8-bit types have no comparisons
-    # Both ends are NaN if any element is, and one is infinite if any element is.
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def _malformed(path: Path, reason: str) -> CsuloraError:

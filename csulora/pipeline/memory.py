@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from csulora.errors import CsuloraError
+from csulora.files.safetensors import is_finite
 
 HUGE_PAGE = 1 << 21
 
@@ -68,7 +69,7 @@ def store(
         if X is not target:
             target.copy_(X)
         check = scaled or target.dtype == torch.float16
-        if check and not bool(torch.isfinite(target).all()):
+        if check and not is_finite(target):
             remedy = "; choose dtype bfloat16 or float32" * (target.dtype == torch.float16)
             raise CsuloraError(
                 f"{name}: the corrected lora_{side} does not fit {target.dtype}{remedy}"

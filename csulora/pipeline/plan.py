@@ -15,6 +15,7 @@ from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
 from csulora.files.peft_tensors import PREFIX
+from csulora.files.safetensors import is_finite
 from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
@@ -94,7 +95,7 @@ class Plan(NamedTuple):
         """The plan with the strength that the budget allows for all members without one of their own."""
         ((kind, limit),) = budget.items()
         for m in self.members:
-            if not all(bool(torch.isfinite(X).all()) for X in (m.module.B, m.module.A)):
+            if not (is_finite(m.module.B) and is_finite(m.module.A)):
                 raise CsuloraError(f"{m.name}: NaN or Inf in its factors")
         found = strength_within([_update(m) for m in self.members], kind, limit)
         stated = f"the budget {kind}={limit:g}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,40 +35,66 @@ class Audit:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._half = False  # whether the last line was cut short
 
     def check(self) -> None:
-        """Raise CsuloraError where the file cannot be written."""
+        """Raise CsuloraError where the file cannot be written, or is none."""
         if self._path is not None:
             try:
-                os.close(self._open(self._path))
-            except OSError as error:
-                raise CsuloraError(
-                    f"audit: {self._path}: cannot be written ({error.strerror})"
-                ) from None
+                os.close(_open(self._path))
+            except (OSError, ValueError) as error:
+                raise CsuloraError(f"audit: {self._path}: {_reason(error)}") from None
 
     def line(self, decision: str, name: str, **details: Any) -> None:
-        """Log a decision. Never raises for the file: a full disk must not end a server."""
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "pid": os.getpid(),
-            "decision": decision,
-            "name": encodable(name),
-            **{key: value for key, value in details.items() if value not in (None, "", {})},
-        }
-        text = json.dumps(entry, default=lambda value: encodable(str(value)))
-        _LOG.log(_LEVELS.get(decision, logging.INFO), "csulora: %s", one_line(text))
-        if self._path is None:
-            return
+        """Log a decision. Never raises: it has been made, and no full disk must end a server."""
         try:
-            file = self._open(self._path)
-            try:
-                os.write(file, text.encode(errors="backslashreplace") + b"\n")
-            finally:
-                os.close(file)
-        except OSError as error:
-            _LOG.error("csulora: audit: %s: cannot be written (%s)", self._path, error.strerror)
+            entry = {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "pid": os.getpid(),
+                "decision": decision,
+                "name": encodable(name),
+                **{key: value for key, value in details.items() if value not in (None, "", {})},
+            }
+            text = json.dumps(entry, default=lambda value: encodable(str(value)))
+            with contextlib.suppress(Exception):  # of a handler that is not ours
+                _LOG.log(_LEVELS.get(decision, logging.INFO), "csulora: %s", one_line(text))
+            if self._path is not None:
+                self._append(self._path, text.encode(errors="backslashreplace") + b"\n")
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                _LOG.error("csulora: audit: %s: %s", self._path, _reason(error))
 
-    @staticmethod
-    def _open(path: Path) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(path, flags, 0o600)
+    def _append(self, path: Path, data: bytes) -> None:
+        file = _open(path)
+        try:
+            if self._half:
+                data = b"\n" + data
+            self._half = False
+            self._half = os.write(file, data) < len(data)
+            if self._half:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+
+
+def _open(path: Path) -> int:
+    """A regular file, to add to its end; made where there is none. What is none is not even opened."""
+    with contextlib.suppress(FileNotFoundError):
+        _check_regular(os.lstat(path))
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+    try:
+        _check_regular(os.fstat(file))
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
+def _reason(error: Exception) -> str:
+    return f"cannot be written ({getattr(error, 'strerror', None) or error})"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from csulora.errors import CsuloraError
 from csulora.files.json import read_json
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
@@ -86,6 +87,8 @@ def check_folder(
         try:
             admitted = guard.admit(folder, folder.name, max_rank=max_rank)
         except RefusedError as error:
+            if error.reason == "cache":  # says nothing of the server's
+                raise CsuloraError(str(error)) from None
             needs = _smallest(guard, folder, stack) if error.reason in _OF_RANK else None
             return Finding(folder, needs=needs, reason=error.reason, error=str(error))
         objection = _objection(admitted, stack)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csulora.adapter import LoraAdapter
+from csulora.adapter import LoraAdapter, write_folder
 from csulora.errors import CsuloraError
-from csulora.folder import correct_folder
 from csulora.report import Report, rank_warnings
-from csulora.serving.cache import Cache, Record
+from csulora.serving.cache import Cache
 from csulora.serving.config import ServingConfig
 from csulora.serving.forms import pick
 from csulora.serving.policy import Policy, key_of_copy
 from csulora.serving.proof import How, Proofs
+from csulora.serving.recent import Recent, Refusals
+from csulora.serving.record import FILE_MODE, Record
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
 from csulora.settings import Correction, Method
@@ -39,14 +41,14 @@ class Entries:
         self._policy = Policy(config, subspace)
         self.sources = Sources(config, subspace)
         self._proofs = Proofs(config, subspace, self._policy, self.sources)
-        self._trusted: set[str] = (
-            set()
-        )  # keys of entries that may be served under this configuration
-        self._refused: dict[str, RefusedError] = {}  # by key: what only a correction shows
+        # Keys of entries that may be served under this configuration.
+        self._trusted: Recent[str, bool] = Recent()
+        self._refused: Recent[str, RefusedError] = Recent()  # by key: what only a correction shows
+        self._untaken: Refusals[str, None] = Refusals()  # by key: what there was no room for
 
     def unchanged(self, key: str) -> bool:
         """Whether an entry that was given out has the same files: three stats."""
-        return key in self._trusted and self._cache.unchanged(key)
+        return self._trusted.get(key) is not None and self._cache.unchanged(key)
 
     def of(self, facts: Facts, limit: int | None) -> Entry | None:
         """The entry of an adapter that is there already. Raises RefusedError where none can be."""
@@ -54,8 +56,9 @@ class Entries:
             record = self._cache.find(key)
             if record is not None:
                 return self._entry(key, record)
-            if key in self._refused:
-                raise self._refused[key].plain()
+            refused = self._refused.get(key)
+            if refused is not None:
+                raise refused.plain()
         return None
 
     def make(self, facts: Facts, adapter: LoraAdapter | None, limit: int | None) -> Entry:
@@ -85,10 +88,7 @@ class Entries:
                 "not corrected", "came as tensors, of which this server cannot know what they are"
             )
         method, rank = pick(self.sources.ranks(adapter), self._config, limit)
-        (result,) = self._policy.recipe(method).correct([adapter], self._subspace)
-        if isinstance(result, CsuloraError):
-            raise RefusedError("source", str(result))
-        corrected, report = result
+        corrected, report = self._result(adapter, method)
         self._check(report, method)
         return corrected, method, rank
 
@@ -130,30 +130,30 @@ class Entries:
         key, seconds = self._policy.key(facts.source, method), dict[str, float]()
 
         def make(target: Path) -> Record:
-            recipe = self._policy.recipe(method)
-            outcome = correct_folder(
-                self._loaded(facts) if adapter is None else adapter,
-                self._subspace,
-                target,
-                method,
-                dtype=recipe.dtype,
-                portable=recipe.portable,
-                backend=recipe.backend,
-                device=recipe.device,
-                durable=False,  # an entry is verified before it is used
-                companions=False,  # some servers read any safetensors file of a folder
-            )
-            assert outcome.report is not None
+            given = self._loaded(facts) if adapter is None else adapter
+            begin = time.perf_counter()
+            corrected, report = self._result(given, method)
             try:
-                self._check(outcome.report, method)
+                self._check(report, method)
             except RefusedError as error:
                 if error.reason == "rank error":  # from now on without making it
-                    self._refused[key] = error.plain()
+                    self._refused.set(key, error.plain())
                 raise
-            seconds.update({step: outcome.steps[step] for step in ("correct", "write")})
+            seconds["correct"] = time.perf_counter() - begin
+            begin = time.perf_counter()
+            written = write_folder(
+                corrected,
+                target,
+                overwrite=False,
+                report=report.to_dict(),
+                durable=False,  # an entry is verified before it is used
+                companions=False,  # some servers read any safetensors file of a folder
+                mode=FILE_MODE,
+            )
+            seconds["write"] = time.perf_counter() - begin
             return Record.of(
                 facts.source,
-                outcome.report.output,
+                written.in_report()["output"],
                 policy=self._policy.digest,
                 rank=rank,
                 form=method.form,
@@ -162,9 +162,21 @@ class Entries:
 
         return self._placed(key, make, "corrected", seconds)
 
+    def _result(self, adapter: LoraAdapter, method: Method) -> tuple[LoraAdapter, Report]:
+        """An adapter, corrected. Raises RefusedError."""
+        (result,) = self._policy.recipe(method).correct([adapter], self._subspace)
+        if isinstance(result, CsuloraError):
+            raise RefusedError("source", str(result))
+        return result
+
     def _copied(self, facts: Facts, how: How, by: str) -> Entry:
-        key = key_of_copy(facts.source, how, by)
-        return self._placed(key, lambda target: self._proofs.copy(facts, how, by, target), how)
+        with self._proofs.remembering(facts.source.folder):
+            origin = self._proofs.origin(facts) if how == "recomputed" else None
+            return self._placed(
+                key_of_copy(facts.source, how, by),
+                lambda target: self._proofs.copy(facts, how, by, origin, target),
+                how,
+            )
 
     def _placed(
         self,
@@ -177,12 +189,14 @@ class Entries:
             record = self._cache.find(key)
             if record is not None:
                 return self._entry(key, record)
-            return self._entry(key, self._cache.put(key, make), how, seconds)
+            with self._untaken.remembering(key, None, ("cache",)):
+                record = self._cache.put(key, make)
+            return self._entry(key, record, how, seconds)
 
     def _entry(
         self, key: str, record: Record, made: str = "", seconds: dict[str, float] | None = None
     ) -> Entry:
-        self._trusted.add(key)
+        self._trusted.set(key, True)
         return Entry(key, record, made, seconds or {})
 
     def _repaired(self, key: str, before: Record) -> Entry:

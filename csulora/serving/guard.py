@@ -14,7 +14,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from csulora.adapter import LoraAdapter
-from csulora.correction import decompose
 from csulora.errors import CsuloraError
 from csulora.serving import counters
 from csulora.serving.audit import Audit
@@ -22,13 +21,13 @@ from csulora.serving.cache import Cache
 from csulora.serving.config import ServingConfig, from_environment
 from csulora.serving.entries import Entries, Entry
 from csulora.serving.flights import Flights
-from csulora.serving.forms import pick
 from csulora.serving.names import find_adapter
+from csulora.serving.observer import Observer
+from csulora.serving.recent import Recent
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
-from csulora_kernels import Form
 
 __all__ = ["Admitted", "Guard", "How", "RefusedError", "guard", "refusal_text"]
 
@@ -73,11 +72,12 @@ class Guard:
         self._audit = Audit(config.audit)
         self._flights = Flights()
         self._slots = threading.BoundedSemaphore(at_once)
-        self._observed: dict[Path, tuple[Facts, dict[str, Any]]] = {}
-        self._last: dict[Path, str] = {}  # key of what was admitted last for each raw folder
+        self._last: Recent[Path, str] = (
+            Recent()
+        )  # key of what was admitted last for each raw folder
 
     def open(self, subspace: SafetySubspace | None = None) -> None:
-        """Load the subspace, check the cache's folder and heal what a kill left in it.
+        """Load the subspace, check keys and the cache's folder, and heal what a kill left in that.
 
         subspace: that of the configuration, where it is in memory already.
 
@@ -86,9 +86,17 @@ class Guard:
         if self.config.mode == "off":
             return
         self._audit.check()
+        if self.config.trusted_keys:
+            # Needs a package of the extra "serve".
+            from csulora.serving.signature import check_trusted
+
+            check_trusted(self.config.trusted_keys)
         self.cache.open()
         self.subspace = subspace or SafetySubspace.load(self.config.subspace)
         self._entries = Entries(self.config, self.subspace, self.cache)
+        self._observer = Observer(
+            self.config, self.subspace, self._entries.sources, self._audit, self._slots
+        )
 
     @property
     def protects(self) -> bool:
@@ -117,7 +125,7 @@ class Guard:
         given = Path(folder)
         if not self.protects:
             if self.config.mode == "observe":
-                self._observe(given, name)
+                self._observer.look(given, name)
             return Admitted(given, None, 0, "", "raw")
         limit = self._limit(max_rank)
         with self._refusals(name, given):
@@ -142,7 +150,7 @@ class Guard:
         """
         if not self.protects:
             if self.config.mode == "observe":
-                self._observe_tensors(tensors, values, name)
+                self._observer.look_at_tensors(tensors, values, name)
             return tensors, values
         limit = self._limit(max_rank)
         with self._refusals(name, None):
@@ -157,9 +165,12 @@ class Guard:
         """For every request: that a folder which `admit` gave is still what it was, for a few stats.
 
         A damaged entry is made anew from its source where that is still the same. Raises RefusedError,
-        also for a folder that is no entry of the cache.
+        also for a folder that is no entry of the cache. In mode "observe" a raw folder whose files have
+        changed is looked at again.
         """
         if not self.protects:
+            if self.config.mode == "observe":
+                self._observer.look_again(Path(path), name)
             return
         key = self.cache.key_at(path)
         if key is None or not self._entries.unchanged(key):
@@ -234,10 +245,8 @@ class Guard:
         seconds = {**(seconds or {}), **found.seconds}
         if found.made:
             how = found.made  # type: ignore[assignment]
-        self._last[facts.source.folder] = found.key
-        counters.add(_COUNTED.get(how, how))
-        for step, value in seconds.items():
-            counters.seconds(step, value)
+        self._last.set(facts.source.folder, found.key)
+        counters.add(_COUNTED.get(how, how), seconds=seconds)
         self._audit.line(
             how,
             name,
@@ -272,54 +281,6 @@ class Guard:
             self._audit.line("repaired", name, key=key, folder=found.record.source)
         return found
 
-    def _observe(self, given: Path, name: str) -> None:
-        """Log what a correction would change. Never raises: the raw adapter is served in any case."""
-        folder = given
-        try:
-            folder = Path(os.path.realpath(given))
-            with self._flights.of(folder), self._slots:
-                facts = self._entries.sources.known(folder)
-                before = self._observed.get(folder)
-                if facts is None or before is None or before[0] != facts:
-                    facts, details = self._would_change(folder)
-                    self._observed[folder] = facts, details
-                else:
-                    details = before[1]
-            self._audit.line("observed", name, folder=folder, **details)
-        except Exception as error:
-            self._audit.line("observed", name, folder=folder, **_objection(error))
-
-    def _would_change(self, folder: Path) -> tuple[Facts, dict[str, Any]]:
-        facts, adapter = self._entries.sources.read(folder)
-        if facts.made:
-            return facts, {"source": facts.source.sha256, "corrected_before": True}
-        return facts, {"source": facts.source.sha256, **self._change(adapter, facts.ranks)}
-
-    def _observe_tensors(
-        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], name: str
-    ) -> None:
-        """`_observe` of an adapter that came without a folder."""
-        try:
-            with self._slots:
-                adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
-                details = self._change(adapter, self._entries.sources.ranks(adapter))
-            self._audit.line("observed", name, **details)
-        except Exception as error:
-            self._audit.line("observed", name, **_objection(error))
-
-    def _change(self, adapter: LoraAdapter, ranks: Mapping[Form, int]) -> dict[str, Any]:
-        """What a correction would change, for the log."""
-        method, rank = pick(ranks, self.config, self.config.max_lora_rank)
-        total = decompose(adapter, self.subspace, method, device="cpu").totals
-        return {
-            "settings": method.to_dict(),
-            "rank": rank,
-            "form": method.form,
-            "relative_change": total.relative_change,
-            "relative_energy_before": total.relative_energy_before,
-            "relative_energy_after": total.relative_energy_after,
-        }
-
     @contextlib.contextmanager
     def _refusals(self, name: str, folder: Path | None) -> Iterator[None]:
         """Count and log a refusal, and make one of whatever else goes wrong."""
@@ -337,11 +298,6 @@ class Guard:
             counters.add("refused", error.reason)
             self._audit.line("refused", name, folder=folder, reason=error.reason, text=str(error))
             raise
-
-
-def _objection(error: Exception) -> dict[str, str]:
-    """What the log says of an adapter that is observed and would be refused."""
-    return {"would_refuse": getattr(error, "reason", "unforeseen"), "text": str(error)}
 
 
 _guard: tuple[int, Guard | None] | None = None  # of the process with this id

@@ -1,4 +1,4 @@
-"""The one error of a guard."""
+"""The errors of a guard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RefusedError(CsuloraError):
         "not lora" (tensors that are no update which can be corrected), "source" (files that cannot be
         read as an adapter), "subspace" (that of another model), "rank", "rank error" (of form same),
         "not corrected", "unproven" (says that it was corrected), "damaged" (an entry of the cache),
-        "changed" (its source, since), "unforeseen".
+        "changed" (its source, since), "cache" (which cannot take it), "unforeseen".
     """
 
     def __init__(self, reason: str, text: str) -> None:
@@ -22,3 +22,10 @@ class RefusedError(CsuloraError):
     def plain(self) -> RefusedError:
         """The same without a traceback: what is kept, and what is raised of it."""
         return RefusedError(self.reason, str(self))
+
+
+class CacheError(RefusedError):
+    """The cache cannot be used, or cannot take an entry: nothing about the adapter is the matter."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("cache", text)

@@ -67,6 +67,15 @@ def signer(folder: str | os.PathLike[str], trusted: Sequence[str | os.PathLike[s
     return None
 
 
+def check_trusted(trusted: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise CsuloraError for a public key that cannot be read as one, and without the package."""
+    for file in trusted:
+        try:
+            _public(Path(file))
+        except CsuloraError as error:
+            raise CsuloraError(f"trusted_keys: {error}") from None
+
+
 def new_key(name: str | os.PathLike[str]) -> tuple[Path, Path]:
     """A new pair of keys as `<name>.pem`, for its owner alone, and `<name>.pub`.
 

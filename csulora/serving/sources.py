@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,11 @@ from csulora.pipeline.plan import base_copies
 from csulora.serving.config import ServingConfig
 from csulora.serving.forms import ranks
 from csulora.serving.identity import Identity, is_settled, of_adapter
+from csulora.serving.recent import Recent, Refusals
 from csulora.serving.refused import RefusedError
 from csulora.subspace import SafetySubspace
 from csulora.text import listed
 from csulora_kernels import Form
-
-# Seconds for which files that were refused are not read again. They may have been refused for what
-# passes by itself: no memory, no free descriptor, a file system that was away.
-_MOMENT = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,36 +45,34 @@ class Sources:
 
     def __init__(self, config: ServingConfig, subspace: SafetySubspace) -> None:
         self._config, self._subspace = config, subspace
-        self._found: dict[Path, tuple[Identity, Facts | RefusedError, float]] = {}
-        self._lock = threading.Lock()
+        self._found: Recent[Path, tuple[Identity, Facts]] = Recent()
+        self._refused: Refusals[Path, Identity] = Refusals()
 
     def known(self, folder: Path) -> Facts | None:
         """What is known of a folder, for two stats; None where it has to be read. Raises RefusedError."""
-        with self._lock:
-            before = self._found.get(folder)
-        if before is None or of_adapter(folder) != before[0]:
+        now = of_adapter(folder)
+        if now is None:
             return None
-        _, found, at = before
-        if not isinstance(found, RefusedError):
-            return found
-        if time.monotonic() - at > _MOMENT:
-            return None
-        raise found.plain()
+        self._refused.check(folder, now)
+        before = self._found.get(folder)
+        return before[1] if before is not None and before[0] == now else None
 
     def read(self, folder: Path) -> tuple[Facts, LoraAdapter]:
         """Read a folder. Raises RefusedError for what cannot be corrected."""
         before = of_adapter(folder)
-        found: Facts | RefusedError
+        refused: RefusedError | None = None
         try:
             adapter = _load(folder, portable=self._config.portable)
             found = self._facts(adapter)
         except RefusedError as error:
-            found = error.plain()  # the error itself holds the adapter, by its traceback
+            refused = error.plain()  # the error itself holds the adapter, by its traceback
         if before is not None and before == of_adapter(folder) and is_settled(before):
-            with self._lock:
-                self._found[folder] = before, found, time.monotonic()
-        if isinstance(found, RefusedError):
-            raise found.plain()
+            if refused is not None:
+                self._refused.keep(folder, before, refused)
+            else:
+                self._found.set(folder, (before, found))
+        if refused is not None:
+            raise refused
         return found, adapter
 
     def with_digests(self, name: str, sha256: object, config_sha256: object) -> Path | None:

@@ -73,12 +73,16 @@ class Place:
         keys = {name for name in names if len(name) == 64}
         return sorted(names - keys - {f"{key}.json" for key in keys})
 
-    def process(self, code, *arguments, **options):
-        """Python with an opened guard `g` and the builders; stdin and stdout are pipes."""
+    def process(self, code, *arguments, before="", **options):
+        """Python with an opened guard `g` and the builders; stdin and stdout are pipes.
+
+        before: what runs before the guard is opened.
+        """
         start = (
             "import os, sys, time, json; from pathlib import Path\n"
             "import builders, torch; torch.set_num_threads(1)\n"
             "from csulora.serving import config, counters, guard\n"
+            f"{before}\n"
             f"g = guard.Guard(config.load({str(self.file)!r})); g.open()\n"
         )
         paths = [str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]

@@ -1,5 +1,6 @@
 """The cache on disk: whose it is, what is sound in it, what may go, and what a kill leaves."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from builders import CONFIG, REPORT, WEIGHTS
 
 import csulora
+from csulora.files.plain import open_regular
 from csulora.serving import cache as caches
 from csulora.serving import counters
 from csulora.serving.guard import RefusedError
@@ -27,6 +29,33 @@ def test_the_folder_is_made_private(place):
         os.umask(old)
     found = (place.root / "deep" / "cache").stat()
     assert found.st_mode & 0o777 == 0o700 and found.st_uid == os.geteuid()
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+@pytest.mark.parametrize("mode", [0o666, 0o000, 0o040])
+@pytest.mark.parametrize("proven", [False, True])
+def test_entries_are_for_their_user_alone(place, monkeypatch, umask, mode, proven):
+    folder = place.adapter()
+    if proven:
+        subspace = csulora.SafetySubspace.load(place.root / "subspace.safetensors")
+        csulora.correct_folder(folder, subspace, place.root / "fixed", portable=True)
+        folder = place.root / "fixed"
+    for file in folder.iterdir():
+        file.chmod(mode)
+    g = place.guard()
+    written, real = [], os.fchmod
+    monkeypatch.setattr(os, "fchmod", lambda file, bits: written.append(bits) or real(file, bits))
+    old = os.umask(umask)
+    try:
+        found = g.admit(folder, "one")
+    finally:
+        os.umask(old)
+    assert found.how == ("recomputed" if proven else "corrected")
+    assert {path.stat().st_mode & 0o7777 for path in found.path.iterdir()} == {0o600}
+    assert found.path.stat().st_mode & 0o7777 == 0o700
+    assert found.path.with_suffix(".json").stat().st_mode & 0o7777 == 0o600
+    # Whoever is not root reads the copy back, so its bits must be right from the beginning.
+    assert {*written} == {0o600}
 
 
 def open_to_others(place, monkeypatch):
@@ -71,8 +100,9 @@ def test_a_folder_that_others_could_have_written_is_refused(place, monkeypatch, 
 def test_a_folder_that_opens_to_others_later(place):
     folder, g = place.adapter(), place.guard()
     place.cache.chmod(0o750)
-    with pytest.raises(RefusedError, match="others may enter"):
+    with pytest.raises(RefusedError, match="others may enter") as caught:
         g.admit(folder, "one")
+    assert caught.value.reason == "cache"
     place.cache.chmod(0o700)
     assert g.admit(folder, "one").how == "corrected"
 
@@ -204,13 +234,13 @@ def test_require_repairs_only_to_the_same_bytes(place, monkeypatch):
     longer(found.path / WEIGHTS)
     g.check(found.path, "one")
     longer(found.path / WEIGHTS)
-    other = csulora.serving.entries.correct_folder
+    other = csulora.serving.entries.write_folder
 
     def otherwise(adapter, *arguments, **options):
         next(iter(adapter.modules.values())).B.mul_(1.001)
         return other(adapter, *arguments, **options)
 
-    monkeypatch.setattr("csulora.serving.entries.correct_folder", otherwise)
+    monkeypatch.setattr("csulora.serving.entries.write_folder", otherwise)
     with pytest.raises(RefusedError, match="comes out otherwise now"):
         g.check(found.path, "one")
     assert place.entries() == []
@@ -328,6 +358,29 @@ def test_a_new_entry_makes_room_and_stays(place):
     g.check(new.path, "new")
 
 
+def test_room_is_made_for_the_price_of_the_new_entry(place, monkeypatch):
+    """However many there are already."""
+    made_by_another(place, *(place.adapter(str(i), seed=i) for i in range(4)))
+    g = place.guard(cache_bytes="1GB")
+    looked, real = [], os.scandir
+
+    def scandir(path):
+        looked.append(os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = g.admit(place.adapter("new", seed=4), "new")
+    assert [path for path in looked if len(os.path.basename(path)) == 64] == [str(found.path)]
+    # What others made and removed meanwhile is seen.
+    monkeypatch.undo()
+    monkeypatch.setattr(g.cache, "_limit", size(place))
+    assert not g.cache.evict()
+    shutil.rmtree(place.cache / made_by_another(place, place.adapter("more", seed=5))[0])
+    assert not g.cache.evict()
+    made_by_another(place, place.adapter("again", seed=6))
+    assert g.cache.evict() and found.key in place.entries()
+
+
 def test_what_cannot_be_removed_is_no_reason_to_refuse_another(place, monkeypatch):
     (old,) = made_by_another(place, place.adapter("old"))
     real = caches._remove
@@ -362,14 +415,120 @@ def test_leases_stand_though_the_cache_was_emptied(place):
 
 
 def test_leases_do_not_grow_by_asking_again(place):
-    """Who asks for a refused adapter again and again must not fill the file that others read."""
-    raw = place.adapter()
+    """Who asks for refused adapters again and again must not fill the file that others read."""
+    served, raws = place.adapter(), [place.adapter(f"raw{i}", seed=i + 1) for i in range(3)]
+    place.guard().admit(served, "served")
     g = place.guard(mode="require")
-    for _ in range(50):
+    assert g.admit(served, "served").how == "hit"
+    for raw in 5 * raws:
         with pytest.raises(RefusedError, match="is not corrected"):
             g.admit(raw, "raw")
-    (file,) = (place.cache / "leases").iterdir()
-    assert len(file.read_text().split()) == 1
+    assert [len(keys) for keys in leases(place)] == [1, 1]
+
+
+def leases(place):
+    """The keys in each file of leases."""
+    return [file.read_text().split() for file in sorted((place.cache / "leases").iterdir())]
+
+
+def test_what_is_refused_while_it_is_made_is_not_held(place, monkeypatch):
+    folder, g = place.adapter(), place.guard()
+    monkeypatch.setattr("csulora.serving.entries.write_folder", lambda *_, **__: 1 / 0)
+    with pytest.raises(RefusedError, match="ZeroDivisionError"):
+        g.admit(folder, "one")
+    assert leases(place) == [[]]
+    monkeypatch.undo()
+    found = g.admit(folder, "one")
+    assert leases(place) == [[found.key]]
+
+
+def failing_after(count, error):
+    """`os.pwrite` that takes so many bytes of each content, and says `error` for the rest; None: none."""
+    real = os.pwrite
+
+    def pwrite(file, data, offset):
+        if error is not None and len(data) <= count:
+            raise OSError(error, os.strerror(error))
+        return real(file, bytes(data)[:count], offset)
+
+    return pwrite
+
+
+def test_a_lease_that_is_written_in_parts_counts(place, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", failing_after(7, None))
+    folders = [place.adapter(str(i), seed=i) for i in range(3)]
+    g = place.guard()
+    keys = [g.admit(folder, "x").key for folder in folders]
+    assert [sorted(found) for found in leases(place)] == [sorted(keys)]
+
+
+@pytest.mark.parametrize("count", [0, 7, 40])
+def test_a_lease_that_cannot_be_written_is_written_the_next_time(place, monkeypatch, count):
+    folders = [place.adapter(str(i), seed=i) for i in range(3)]
+    keys = made_by_another(place, *folders)
+    g = place.guard()
+    assert g.admit(folders[0], "0").how == "hit"
+    real = os.pwrite
+
+    def pwrite(file, data, offset):
+        if real(file, bytes(data)[:count], offset) >= count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert g.admit(folders[1], "1").how == "hit"
+    monkeypatch.undo()
+    assert [keys[0]] in leases(place)  # whole, as it was
+    assert keys[1] in g.cache._leases.held()  # by this process itself
+    assert g.admit(folders[2], "2").how == "hit"
+    assert sorted(keys) in leases(place)
+
+
+def file_of_leases(place, content, size):
+    file = place.cache / "leases" / "1-0.leases"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    os.truncate(file, size)
+    return file
+
+
+def test_the_leases_of_a_dead_process_are_not_read(place):
+    place.guard()
+    file = file_of_leases(place, b"", 65 << 20)
+    place.guard(cache_bytes=1).admit(place.adapter(), "one")
+    assert not file.exists()
+
+
+def test_all_leases_of_a_live_process_count(place):
+    (key,) = made_by_another(place, place.adapter())
+    file = file_of_leases(place, b"\n" * (65 << 20), 65 << 20)
+    with open(file, "ab") as holder:
+        holder.write(key.encode())
+        holder.flush()
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        place.guard(cache_bytes=1)
+        assert place.entries() == [key]
+    place.guard(cache_bytes=1)
+    assert place.entries() == []
+
+
+def test_nothing_goes_while_leases_cannot_be_read(place, monkeypatch):
+    (key,) = made_by_another(place, place.adapter("old"))
+    file = file_of_leases(place, b"x", 1)
+    os.mkfifo(place.cache / "leases" / "2-0.leases")  # no file of a process
+    real = open_regular
+
+    def opened(path, **options):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr("csulora.serving.own_files.open_regular", opened)
+    g = place.guard(cache_bytes=1)
+    assert g.admit(place.adapter("new", seed=1), "new").how == "corrected"
+    assert key in place.entries()
+    monkeypatch.undo()
+    g.cache.evict()
+    assert key not in place.entries()
 
 
 KILLED = """
@@ -386,9 +545,9 @@ STOPS = {
     "before the weights": ("adapter", "write_safetensors", "pass"),
     "in the weights": ("adapter", "write_safetensors", "arguments[0].write_bytes(b'half')"),
     "before the report": ("adapter", "json_rows", "pass"),
-    "before the record": ("serving.cache", "json_bytes", "pass"),
+    "before the record": ("serving.record", "json_bytes", "pass"),
     "in the record": ("serving.cache", "write_bytes", "arguments[0].write_bytes(b'{')"),
-    "after the record": ("serving.cache", "_backdate", "pass"),
+    "after the record": ("serving.cache", "_settle", "pass"),
 }
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import csulora
 from csulora.serving import counters, guard
 from csulora.serving.guard import RefusedError, refusal_text
+from csulora.serving.signature import new_key
 
 PREFIX = builders.PREFIX
 
@@ -158,7 +159,7 @@ def test_form_same_is_refused_above_the_commands_warning(place, monkeypatch):
     error = refused(g, folder)
     assert error.reason == "rank error" and "off the exact result" in str(error)
     assert place.entries() == [] and place.leftovers() == []
-    monkeypatch.setattr("csulora.serving.entries.correct_folder", None)  # it is not tried again
+    monkeypatch.setattr("csulora.folder.correct_batch", None)  # it is not tried again
     assert str(refused(g, folder)) == str(error)
     monkeypatch.undo()
     assert place.guard(settings | {"form": "same"}, max_lora_rank=4).admit(folder, "x").rank == 4
@@ -247,7 +248,7 @@ def test_what_was_refused_for_a_passing_reason_is_served_later(place, monkeypatc
     assert len(read) == 1
     monkeypatch.setattr(csulora.adapter, "read_safetensors", real)
     assert refused(g, folder).reason == "source"
-    monkeypatch.setattr("csulora.serving.sources._MOMENT", 0)
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
     assert g.admit(folder, "one").how == "corrected"
 
 
@@ -337,7 +338,7 @@ def test_links_out_of_an_adapter_are_refused(place):
 def test_what_nobody_foresaw_is_a_refusal(place, monkeypatch):
     folder = place.adapter()
     g = place.guard()
-    monkeypatch.setattr("csulora.serving.entries.correct_folder", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("csulora.serving.entries.write_folder", lambda *_, **__: 1 / 0)
     error = refused(g, folder)
     assert error.reason == "unforeseen" and str(error).startswith("ZeroDivisionError")
     assert place.entries() == [] and place.leftovers() == []
@@ -392,6 +393,26 @@ def test_observe_does_not_raise_for_a_path_that_is_none(place):
     assert g.admit("/a\0b", "one").how == "raw"
     (line,) = place.decisions()
     assert line["would_refuse"] == "unforeseen" and "null byte" in line["text"]
+
+
+def test_observe_sees_that_the_files_of_a_folder_changed(place):
+    folder, g = place.adapter(), place.guard(mode="observe")
+    g.check(folder, "one")  # nobody has asked for it yet
+    g.admit(folder, "one")
+    for _ in range(3):
+        g.check(folder, "one")
+    assert len(place.decisions()) == 1
+    builders.edit_tensors(folder / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+    for _ in range(3):
+        g.check(folder, "one")
+    first, second = place.decisions()
+    assert first["source"] != second["source"] == builders.digest(folder / WEIGHTS)
+    builders.edit_tensors(folder / WEIGHTS, lambda tensors: tensors.popitem())
+    shutil.rmtree(folder)
+    for _ in range(3):
+        g.check(folder, "one")
+    assert [line.get("would_refuse") for line in place.decisions()] == [None, None, "missing"]
+    g.check("a\0b", "one")
 
 
 def adapters_in_memory():
@@ -470,6 +491,38 @@ def test_counters_and_audit_of_all_processes(place):
     } - {"form"}
     assert lines[0]["source"] == builders.digest(folder / WEIGHTS)
     assert lines[1]["pid"] != lines[0]["pid"] == os.getpid()
+
+
+def not_a_key(path):
+    path.write_text("nonsense")
+
+
+def a_private_key(path):
+    private, _ = new_key(path.with_name("ops"))
+    path.write_bytes(private.read_bytes())
+
+
+def a_key_that_vanished(path):
+    path.unlink()
+
+
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("mode", ["correct", "require", "observe"])
+@pytest.mark.parametrize("spoil", [not_a_key, a_private_key, a_key_that_vanished, a_pipe])
+def test_a_trusted_key_that_is_none_stops_the_start(place, spoil, mode):
+    _, good = new_key(place.root / "good")
+    bad = place.root / "bad.pub"
+    bad.write_bytes(good.read_bytes())
+    found = guard.Guard(place.config(mode=mode, trusted_keys=["good.pub", "bad.pub"]))
+    found.open()
+    spoil(bad)
+    with pytest.raises(csulora.CsuloraError, match=r"trusted_keys: .*bad\.pub: ") as caught:
+        found.open()
+    assert not isinstance(caught.value, RefusedError)
 
 
 def test_an_audit_log_that_cannot_be_written(place):

@@ -177,6 +177,7 @@ def signatures(monkeypatch):
 
     module = types.ModuleType("csulora.serving.signature")
     module.signer = signer
+    module.check_trusted = lambda trusted: None
     monkeypatch.setitem(sys.modules, "csulora.serving.signature", module)
 
 
@@ -235,3 +236,78 @@ def test_a_signature_does_not_make_a_raw_adapter_a_corrected_one(place, signatur
     sign(other, place.root / "a.pub")
     g = place.guard(mode="require", trusted_keys=["a.pub"])
     assert refused(g, other).reason == "not corrected"
+
+
+def counted(monkeypatch, name):
+    """The calls of a function of csulora.serving.proof from now on."""
+    calls, real = [], getattr(csulora.serving.proof, name)
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(f"csulora.serving.proof.{name}", call)
+    return calls
+
+
+@pytest.mark.parametrize("make", [without_source, weaker, without_report, tampered])
+def test_what_cannot_be_proven_is_not_copied(place, monkeypatch, make):
+    folder, g = make(place, place.adapter()), place.guard()
+    copies = counted(monkeypatch, "copy_file")
+    for _ in range(3):
+        assert refused(g, folder).reason == "unproven"
+    assert copies == []
+
+
+def test_a_proof_that_fails_is_remembered_for_a_moment(place, monkeypatch):
+    folder, g = forged(place, place.adapter()), place.guard()
+    place.age(folder)
+    proofs, copies = counted(monkeypatch, "verify"), counted(monkeypatch, "copy_file")
+    first = str(refused(g, folder))
+    for _ in range(3):
+        assert str(refused(g, folder)) == first
+    assert len(proofs) == 1 and len(copies) == 3
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
+    assert str(refused(g, folder)) == first and len(proofs) == 2
+
+
+def test_what_was_not_proven_is_looked_at_anew_once_its_report_is_another(place):
+    folder = corrected(place, place.adapter())
+    report = (folder / REPORT).read_bytes()
+    (folder / REPORT).unlink()
+    g = place.guard()
+    assert refused(g, folder).reason == "unproven"
+    (folder / REPORT).write_bytes(report)
+    assert g.admit(folder, "one").how == "recomputed"
+
+
+def test_what_was_not_proven_is_proven_once_its_source_is_there(place, monkeypatch):
+    source = place.adapter()
+    folder = corrected(place, source)
+    hidden = source.rename(place.root / "hidden")
+    g = place.guard()
+    assert refused(g, folder).reason == "unproven"
+    hidden.rename(source)
+    monkeypatch.setattr("csulora.serving.recent.MOMENT", 0)
+    assert g.admit(folder, "one").how == "recomputed"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, REPORT])
+def test_the_copy_is_what_is_proven(place, monkeypatch, name):
+    """Whatever was seen before it was made."""
+    source = place.adapter()
+    folder = corrected(place, source)
+    other = corrected(place, source, "weaker", csulora.Correction(lambda_off=1))
+    g = place.guard()
+    real = csulora.serving.proof.copy_file
+
+    def swapping(path, target, **options):
+        return real(other / name if path.name == name else path, target, **options)
+
+    monkeypatch.setattr("csulora.serving.proof.copy_file", swapping)
+    equal = (other / name).read_bytes() == (folder / name).read_bytes()
+    if equal:
+        assert name == CONFIG
+    else:
+        assert refused(g, folder).reason == ("unproven" if name == REPORT else "changed")
+        assert place.entries() == [] and place.leftovers() == []

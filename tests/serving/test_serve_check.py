@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_canary import REFUSED, by_vllm, serving
 
+from csulora.errors import DiskFullError
 from csulora.serving import canary, config, forms
 from csulora.serving.check import server_config
 from csulora.serving.guard import Guard, RefusedError
@@ -177,3 +178,15 @@ def test_a_server_is_asked_with_its_key(capsys, monkeypatch):
 @pytest.mark.parametrize("more", [("--api-key-env", "NO_SUCH"), ("--timeout", 0)])
 def test_a_wrong_question_is_2(capsys, more):
     assert builders.run(capsys, "serve-check", "--url", "http://127.0.0.1:9", *more).code == 2
+
+
+def test_no_room_for_the_check_says_nothing_of_an_adapter(capsys, place, monkeypatch):
+    builders.write_adapter(place / "in" / "one")
+
+    def full(*_, **__):
+        raise DiskFullError("No space left on device")
+
+    monkeypatch.setattr("csulora.serving.entries.write_folder", full)
+    result = builders.run(capsys, "serve-check", "--config", place / "csulora.toml")
+    assert result.code != 0 and result.out == ""
+    assert len(result.complaints) == 1 and "No space left" in result.complaints[0]
