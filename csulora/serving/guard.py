@@ -166,12 +166,12 @@ class Guard:
             with self._refusals(name, Path(path)):
                 self._sound(key, name)
 
-    def again(self, path: str | os.PathLike[str], name: str) -> Path | None:
-        """For reading an adapter once more, where an exception would end the server: never raises.
+    def again(self, path: str | os.PathLike[str], name: str) -> Path:
+        """Where the sound weights of an adapter lie that is read once more.
 
-        A raw folder gives its corrected form, the last one known where it cannot be had anew. None where
-        no sound weights can be had: the stack has to serve a zero adapter, which is logged and counted
-        here.
+        A raw folder gives its corrected form, the last one known where it cannot be had anew. Raises
+        RefusedError, and nothing else, where no sound weights can be had: a stack that must not raise
+        then serves zeros, and says so by `zeroed`.
         """
         given = Path(path)
         if not self.protects:
@@ -181,7 +181,7 @@ class Guard:
                 return self.admit(given, name).path
             self.check(given, name)
             return given
-        except RefusedError as error:
+        except RefusedError:
             with contextlib.suppress(
                 RefusedError, ValueError
             ):  # a path with a NUL resolves to none
@@ -189,9 +189,16 @@ class Guard:
                 if last is not None:
                     self.check(self.cache.folder(last), name)
                     return self.cache.folder(last)
-            counters.add("zeroed")
-            self._audit.line("zeroed", name, folder=given, reason=error.reason, text=str(error))
-            return None
+            raise
+
+    def zeroed(self, path: str | os.PathLike[str], name: str, error: Exception) -> None:
+        """Count and log that zeros stand in for an adapter that could not be read again."""
+        counters.add("zeroed")
+        self._audit.line("zeroed", name, folder=path, **_told(error))
+
+    def restored(self, path: str | os.PathLike[str], name: str) -> None:
+        """Log that such an adapter has been read after all."""
+        self._audit.line("restored", name, folder=path)
 
     def _limit(self, max_rank: int | None) -> int | None:
         """The largest rank that counts: the stack's, or else that of the configuration."""
@@ -341,7 +348,14 @@ class Guard:
 
 def _objection(error: Exception) -> dict[str, str]:
     """What the log says of an adapter that is observed and would be refused."""
-    return {"would_refuse": getattr(error, "reason", "unforeseen"), "text": str(error)}
+    told = _told(error)
+    return {"would_refuse": told.pop("reason"), **told}
+
+
+def _told(error: Exception) -> dict[str, str]:
+    """What the log says of an error."""
+    text = str(error) or type(error).__name__
+    return {"reason": getattr(error, "reason", "unforeseen"), "text": text}
 
 
 _guard: tuple[int, Guard | None] | None = None  # of the process with this id

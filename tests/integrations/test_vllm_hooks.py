@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import sys
 import threading
+import time
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 
 from csulora import CsuloraError
 from csulora.serving import counters
-from csulora.serving.guard import Admitted, RefusedError
+from csulora.serving.guard import Admitted, Guard, RefusedError
 
 LORA = SimpleNamespace(max_lora_rank=64)
 
@@ -48,10 +50,13 @@ class StubGuard:
     folders: dict = field(default_factory=dict)
     calls: list = field(default_factory=list)
     damaged: set = field(default_factory=set)
+    log_fails: bool = False
+
+    cache: Path = Path("/nowhere")
 
     @property
     def config(self):
-        return SimpleNamespace(mode=self.mode)
+        return SimpleNamespace(mode=self.mode, cache=self.cache)
 
     def find(self, name):
         if ".." in name:
@@ -72,7 +77,19 @@ class StubGuard:
 
     def again(self, path, name):
         self.calls.append(("again", str(path), name))
-        return None if str(path) in self.damaged else Path(path)
+        if str(path) in self.damaged:
+            raise RefusedError("damaged", "it is damaged")
+        return Path(path)
+
+    def zeroed(self, path, name, error):
+        self.calls.append(("zeroed", str(path), name, str(error)))
+        if self.log_fails:
+            raise ValueError("of a log")
+
+    def restored(self, path, name):
+        self.calls.append(("restored", str(path), name))
+        if self.log_fails:
+            raise ValueError("of a log")
 
 
 class Models:
@@ -110,6 +127,10 @@ class InputProcessor:
     def _validate_lora(self, lora_request):
         return None
 
+    def process_inputs(self, request_id, prompt, lora_request=None, salt=None):
+        self._validate_lora(lora_request)
+        return SimpleNamespace(lora_request=lora_request, cache_salt=salt)
+
 
 class Worker:
     """As WorkerLoRAManager."""
@@ -122,11 +143,26 @@ class Worker:
             create_dummy_lora=lambda lora_id, rank, modules: ("zeros", lora_id, rank)
         )
         self.fails = None
+        self.failures = 1000  # reads that fail, of those to come
+        self.holds = {}
 
     def _load_adapter(self, lora_request):
-        if self.fails is not None:
+        if self.fails is not None and self.failures:
+            self.failures -= 1
             raise self.fails
         return ("weights", lora_request.lora_path)
+
+    def remove_adapter(self, adapter_id):
+        return self.holds.pop(adapter_id, None) is not None
+
+
+class LRUWorker(Worker):
+    """As LRUCacheWorkerLoRAManager."""
+
+    def add_adapter(self, lora_request):
+        if lora_request.lora_int_id not in self.holds:
+            self.holds[lora_request.lora_int_id] = self._load_adapter(lora_request)
+        return True
 
 
 class Manager:
@@ -176,7 +212,16 @@ def vllm(monkeypatch):
     module("vllm.entrypoints.openai.models.serving", OpenAIServingModels=fresh(Models))
     module("vllm.v1.engine.async_llm", AsyncLLM=fresh(AsyncLLM))
     module("vllm.v1.engine.input_processor", InputProcessor=fresh(InputProcessor))
-    module("vllm.lora.worker_manager", WorkerLoRAManager=fresh(Worker))
+    worker = fresh(Worker)
+    lru = type("LRUWorker", (worker,), {"add_adapter": LRUWorker.add_adapter})
+    module("vllm.lora.worker_manager", WorkerLoRAManager=worker, LRUCacheWorkerLoRAManager=lru)
+    module("vllm.distributed")
+    groups = module(
+        "vllm.distributed.parallel_state",
+        get_tp_group=lambda: SimpleNamespace(world_size=1),
+        get_pp_group=lambda: SimpleNamespace(world_size=1),
+    )
+    top.groups = groups
     module("vllm.lora.model_manager", LoRAModelManager=fresh(Manager))
     structs = SimpleNamespace(replace=lambda request, **new: Request(**(vars(request) | new)))
     module("msgspec", structs=structs)
@@ -195,7 +240,7 @@ def hooked(guard):
         Models=sys.modules["vllm.entrypoints.openai.models.serving"].OpenAIServingModels,
         AsyncLLM=sys.modules["vllm.v1.engine.async_llm"].AsyncLLM,
         InputProcessor=sys.modules["vllm.v1.engine.input_processor"].InputProcessor,
-        Worker=sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager,
+        Worker=sys.modules["vllm.lora.worker_manager"].LRUCacheWorkerLoRAManager,
     )
 
 
@@ -351,10 +396,8 @@ def test_requests_of_the_base_model_are_not_looked_at(vllm):
     assert guard.calls == []
 
 
-def test_the_worker_refuses_a_first_load_and_never_a_later_one(vllm, tmp_path, monkeypatch):
-    counted = []
-    monkeypatch.setattr(counters, "add", lambda name, reason="": counted.append(name))
-    guard = StubGuard()
+def test_the_worker_refuses_a_first_load_and_never_a_later_one(vllm, tmp_path):
+    guard = StubGuard(cache=tmp_path)
     worker = hooked(guard).Worker()
     with pytest.raises(CsuloraError, match="csulora refused b: it is bad"):
         worker._load_adapter(Request("b", 2, str(tmp_path / "bad")))
@@ -363,11 +406,150 @@ def test_the_worker_refuses_a_first_load_and_never_a_later_one(vllm, tmp_path, m
     assert worker._load_adapter(request) == ("weights", "/cache/good")
     assert guard.calls[-1] == ("again", "/cache/good", "a")
     worker.fails = OSError("the disk is gone")
-    assert worker._load_adapter(request) == ("zeros", 1, 8) and counted == ["zeroed"]
+    assert worker._load_adapter(request) == ("zeros", 1, 8)
     worker.fails = None
     guard.damaged.add("/cache/good")
     assert worker._load_adapter(request) == ("zeros", 1, 8)
     assert worker._load_adapter(Request("a", 1, "/cache/other")) == ("weights", "/cache/other")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time for the worker's hooks, in which a pause takes as long as it is."""
+    from csulora.integrations.vllm import worker
+
+    time = SimpleNamespace(now=100.0, monotonic=lambda: time.now)
+    time.sleep = lambda seconds: setattr(time, "now", time.now + seconds)
+    monkeypatch.setattr(worker, "time", time)
+    return time
+
+
+def evicted(guard):
+    """A worker that has loaded an adapter and evicted it, and the request for it."""
+    worker, request = hooked(guard).Worker(), Request("a", 1, "/given/good")
+    worker.add_adapter(request)
+    assert worker.holds.pop(1) == ("weights", "/cache/good")
+    guard.calls.clear()
+    return worker, request
+
+
+def decided(guard, *kinds):
+    return [call for call in guard.calls if call[0] in kinds]
+
+
+@pytest.mark.parametrize("of", ["guard", "vllm"])
+def test_a_passing_error_is_passed_by_a_second_try(vllm, clock, tmp_path, of):
+    guard = StubGuard(cache=tmp_path)
+    worker, request = evicted(guard)
+    if of == "vllm":
+        worker.fails, worker.failures = OSError(5, "Input/output error"), 1
+    else:
+        again = guard.again
+
+        def once(path, name):
+            guard.again = again
+            raise RefusedError("unforeseen", "OSError: no descriptor is free")
+
+        guard.again = once
+    assert worker.add_adapter(request) and worker.holds == {1: ("weights", "/cache/good")}
+    assert decided(guard, "zeroed", "restored") == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("log_fails", [False, True])
+def test_zeros_go_when_the_adapter_can_be_read(vllm, clock, tmp_path, log_fails):
+    """Before, they stayed until the adapter was evicted."""
+    guard = StubGuard(cache=tmp_path, log_fails=log_fails)
+    worker, request = evicted(guard)
+    worker.fails = OSError(5, "Input/output error")
+    worker.add_adapter(request)
+    begun = clock.now
+    for _ in range(5):  # steps
+        worker.add_adapter(request)
+        assert worker.holds == {1: ("zeros", 1, 8)}
+    assert len(decided(guard, "again")) == 2 and clock.now == begun
+    clock.sleep(1.1)
+    worker.add_adapter(request)
+    worker.fails = None
+    worker.add_adapter(request)
+    assert worker.holds == {1: ("zeros", 1, 8)} and len(decided(guard, "again")) == 3
+    clock.sleep(1.1)
+    worker.add_adapter(request)
+    assert worker.holds == {1: ("weights", "/cache/good")}
+    text = "[Errno 5] Input/output error"
+    assert decided(guard, "zeroed") == [("zeroed", "/cache/good", "a", text)]
+    assert decided(guard, "restored") == [("restored", "/cache/good", "a")]
+    guard.calls.clear()
+    worker.add_adapter(request)
+    assert guard.calls == []
+
+
+def test_a_guard_counts_zeros_once_although_its_log_fails(monkeypatch):
+    counted = []
+    monkeypatch.setattr(counters, "add", lambda name, reason="": counted.append(name))
+    guard = Guard(SimpleNamespace(cache=Path("/nowhere"), cache_bytes=None, audit=None))
+    guard._audit = SimpleNamespace(line=lambda *a, **b: pytest.fail("of a log"))
+    with pytest.raises(pytest.fail.Exception):
+        guard.zeroed("/cache/good", "a", OSError())
+    assert counted == ["zeroed"]
+
+
+@pytest.mark.parametrize("which", ["get_tp_group", "get_pp_group"])
+def test_zeros_never_stand_in_for_a_part_of_the_workers(vllm, clock, tmp_path, which, monkeypatch):
+    """Each worker reads by itself: one with zeros and one with weights would be a half of an adapter."""
+    monkeypatch.setattr(vllm.groups, which, lambda: SimpleNamespace(world_size=2))
+    guard = StubGuard(cache=tmp_path)
+    worker, request = evicted(guard)
+    worker.fails, worker.failures = OSError(24, "Too many open files"), 60
+    worker.add_adapter(request)
+    assert worker.holds.pop(1) == ("weights", "/cache/good") and 2 < clock.now - 100 < 5
+    worker.failures = 1000
+    with pytest.raises(CsuloraError, match=r"csulora: a cannot be read again: .*open files"):
+        worker.add_adapter(request)
+    assert worker.holds == {} and decided(guard, "zeroed") == []
+
+
+def test_no_request_goes_on_from_a_prefix_of_zeros(vllm, clock, tmp_path):
+    guard = StubGuard(cache=tmp_path)
+    worker, request = evicted(guard)
+    front = sys.modules["vllm.v1.engine.input_processor"].InputProcessor()
+
+    other = replace(request)
+
+    def salt(given=None, lora=other):
+        return front.process_inputs("1", [1], lora_request=lora, salt=given).cache_salt
+
+    def some_zeros():
+        worker.fails, worker.failures, worker.holds = OSError(), 2, {}
+        worker.add_adapter(request)
+        clock.sleep(2)
+        worker.add_adapter(request)
+        assert worker.holds == {1: ("weights", "/cache/good")}
+
+    def much_later(seconds):
+        os.utime(tmp_path / "zeros", (time.time() - seconds,) * 2)
+
+    assert (salt(), salt("own")) == (None, "own")
+    some_zeros()
+    while_zeros_may_stand = [salt(), salt(), salt("own"), salt("own")]
+    much_later(4000)
+    later = [salt(), salt("own"), salt("other")]
+    assert later == [salt(), salt("own"), salt("other")]
+    some_zeros()
+    again = [salt(), salt("own")]
+    much_later(3000)
+    salts = [None, "own", *while_zeros_may_stand, *later, *again, salt(), salt("own")]
+    assert len(set(salts)) == len(salts)
+    assert (salt(None, None), salt("own", None)) == (None, "own")
+
+
+def test_a_cache_that_is_gone_ends_no_step(vllm, clock, tmp_path):
+    guard = StubGuard(cache=tmp_path / "gone")
+    worker, request = evicted(guard)
+    worker.fails, worker.failures = OSError(), 2
+    worker.add_adapter(request)
+    clock.sleep(2)
+    worker.add_adapter(request)
+    assert worker.holds == {1: ("weights", "/cache/good")}
 
 
 def test_what_vllm_says_of_a_first_load_comes_through(vllm, tmp_path):
@@ -411,3 +593,20 @@ def test_a_process_says_that_it_is_guarded_before_and_after_vllm_sets_up_its_log
     _say("second")
     logging.getLogger("csulora.serving").info("third")
     assert told == ["second", "third"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("before", [None, "", "MY_,OTHER_", "CSULORA_"])
+def test_the_configuration_goes_to_workers_that_ray_starts(vllm, monkeypatch, tmp_path, before):
+    from csulora.integrations.vllm.installation import _share_with_ray
+
+    copied = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CSULORA_CONFIG", "serving.toml")
+    monkeypatch.delenv(copied, raising=False)
+    if before is not None:
+        monkeypatch.setenv(copied, before)
+    for _ in range(2):  # the processes of a server inherit it
+        _share_with_ray()
+        assert os.environ["CSULORA_CONFIG"] == str(tmp_path / "serving.toml")
+        prefixes = os.environ[copied].split(",")
+        assert sorted(prefixes) == sorted({*filter(None, (before or "").split(",")), "CSULORA_"})

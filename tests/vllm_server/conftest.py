@@ -4,7 +4,7 @@ import pytest
 import serving_world
 
 PLUGIN = '''
-"""A plugin of the tests: slow corrections, and weights that vanish between check and reading."""
+"""A plugin of the tests: slow corrections, and weights that vanish, or cannot be read for a while."""
 import functools, os, shutil, time
 from pathlib import Path
 
@@ -27,6 +27,8 @@ def install():
     def spoiled_again(self, path, name):
         for line in (here / "remove").read_text().splitlines() if (here / "remove").exists() else ():
             shutil.rmtree(line, ignore_errors=True)
+        if (here / "unreadable").exists():
+            raise OSError(5, "Input/output error")
         return again(self, path, name)
 
     Guard.admit, Guard.again = slow_admit, spoiled_again

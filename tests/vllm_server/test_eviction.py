@@ -1,6 +1,7 @@
 """Adapters that are read again, whose files vanish or change: the engine lives, nothing raw is served."""
 
 import shutil
+import time
 
 import pytest
 from builders import write_guard
@@ -16,6 +17,7 @@ from vllm_process import MARKS, environment, serving
 
 pytestmark = MARKS
 NAMES = ("one", "two", "three", "four")
+LONG = list(range(2, 202))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,15 @@ def right(model, place, tmp_path_factory):
     return tokens
 
 
+@pytest.fixture(scope="module")
+def long(model, place, tmp_path_factory):
+    """Tokens after a prompt that is longer than a block of the prefix cache."""
+    fixed = corrected(model, place / "adapters" / "four", tmp_path_factory.mktemp("long") / "four")
+    tokens = {"base": tokens_of(model, None, [LONG])[0], "four": tokens_of(model, fixed, [LONG])[0]}
+    assert tokens["base"] != tokens["four"]
+    return tokens
+
+
 def answers(server, name):
     return [server.complete(name, prompt) for prompt in PROMPTS]
 
@@ -68,7 +79,7 @@ def entries(place):
     return {line["name"]: place / "cache" / line["key"] for line in made}
 
 
-def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
+def test_evicted_adapters_whose_files_are_spoiled(start, place, right, long):
     """One server, one story; after each chapter all others are as they were."""
     with start() as server:
 
@@ -105,6 +116,20 @@ def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
         assert status == 400 and text.startswith("csulora refused one: "), text
         all_right("base", "two", "three", "four")
 
+        # A disk fails for a while: the base model answers, and the adapter as soon as it can be read.
+        all_right("two")  # evicts it
+        (place / "unreadable").touch()
+        assert server.complete("four", LONG) == (200, long["base"])
+        assert server.complete("four", LONG) == (200, long["base"])
+        (place / "unreadable").unlink()
+        time.sleep(1.1)
+        assert server.complete("four", LONG) == (200, long["four"])
+        assert server.complete("four", LONG) == (200, long["four"])
+        all_right("four", "base", "two", "three")
+        assert server.metrics()["csulora_zeroed_total"] == 1
+        assert [x["name"] for x in decisions(place / "audit.jsonl", "zeroed")] == ["four"]
+        assert [x["name"] for x in decisions(place / "audit.jsonl", "restored")] == ["four"]
+
         # Between check and reading everything vanishes: the base model answers.
         gone = [entries(place)["four"], place / "adapters" / "four"]
         shutil.copytree(gone[1], place / "four")
@@ -114,7 +139,7 @@ def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
         (place / "remove").unlink()
         status, text = server.complete("four", PROMPTS[1])
         assert status == 400 and text.startswith("csulora refused four: "), text
-        assert server.metrics()["csulora_zeroed_total"] == 1
+        assert server.metrics()["csulora_zeroed_total"] == 2
         assert " ERROR " in server.said() and "four" in server.said().split(" ERROR ")[-1]
         all_right("base", "two", "three")
         shutil.copytree(place / "four", place / "adapters" / "four")
