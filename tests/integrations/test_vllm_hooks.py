@@ -317,6 +317,44 @@ def test_a_hub_id_that_cannot_be_had_is_refused(vllm, path):
     assert answer["status_code"] == 422 and "no such folder" in answer["message"]
 
 
+@pytest.mark.parametrize("mode", ["correct", "observe"])
+@pytest.mark.parametrize("way", ["endpoint", "request"])
+def test_a_slow_hub_holds_up_no_other_adapter(vllm, tmp_path, monkeypatch, way, mode):
+    from csulora.integrations.vllm import admission
+
+    answers = threading.Event()
+
+    def resolve_source(text, patterns):
+        if text.startswith("hub/") and not answers.wait(60):
+            pytest.fail("the hub was waited for")
+        return Path(text)
+
+    monkeypatch.setattr(admission, "resolve_source", resolve_source)
+    kinds = hooked(StubGuard(mode=mode, folders={"named": tmp_path / "named"}))
+    engine = kinds.AsyncLLM()
+    models = kinds.Models(engine, [])
+
+    def asked(name, path):
+        if way == "endpoint":
+            request = LoadRequest(lora_name=name, lora_path=path, load_inplace=False)
+            return models.load_lora_adapter(request)
+        return engine.add_request(name, [1], None, lora_request=Request(name, 1, path))
+
+    async def all_of_them():
+        slow = [asyncio.ensure_future(asked(f"{i}", f"hub/{i}")) for i in range(8)]
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(asked("local", str(tmp_path / "good")), 30)
+        await asyncio.wait_for(models.lora_resolvers[0].resolve_lora("base", "named"), 30)
+        assert not any(one.done() for one in slow)
+        answers.set()
+        return await asyncio.gather(*slow)
+
+    try:
+        assert len(asyncio.run(all_of_them())) == 8
+    finally:
+        answers.set()
+
+
 def test_nothing_comes_from_another_hub_than_vllm_would_ask(vllm, monkeypatch):
     from csulora.integrations.vllm.admission import local_folder
 

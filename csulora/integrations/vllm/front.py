@@ -70,9 +70,7 @@ def load_of_sound(function: Function, admission: Admission) -> Function:
         if max_rank is None or not request.lora_name or not request.lora_path:
             return await function(self, request, base_model_name)
         try:
-            path = await admission.correcting(
-                admission.path, request.lora_path, request.lora_name, max_rank
-            )
+            path = await admission.admitting(request.lora_path, request.lora_name, max_rank)
         except CsuloraError as error:
             return create_error_response(
                 message=refusal_text(request.lora_name, error),
