@@ -4,7 +4,8 @@ import pytest
 import serving_world
 
 PLUGIN = '''
-"""A plugin of the tests: slow corrections, and weights that vanish, or cannot be read for a while."""
+"""A plugin of the tests: slow corrections, weights that vanish or cannot be read for a while, and vLLM's
+resolver of folders before all others, for a folder of its own."""
 import functools, os, shutil, time
 from pathlib import Path
 
@@ -12,7 +13,18 @@ from pathlib import Path
 def install():
     here = Path(os.environ["TEST_FOLDER"])
     from csulora.serving.guard import Guard
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
+    first, resolve = FilesystemResolver(str(here / "first")), OpenAIServingModels.resolve_lora
+
+    @functools.wraps(resolve)
+    async def resolve_by_first(self, lora_name):
+        if self.lora_resolvers[:1] != [first]:
+            self.lora_resolvers.insert(0, first)
+        return await resolve(self, lora_name)
+
+    OpenAIServingModels.resolve_lora = resolve_by_first
     admit, again = Guard.admit, Guard.again
 
     @functools.wraps(admit)

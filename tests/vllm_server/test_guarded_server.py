@@ -100,7 +100,12 @@ def place(model, tmp_path_factory):
     build_adapter(model, folder / "stock" / "stock-good", seed=11)
     for name in ("stock-bad", "bad-nan"):
         not_a_number(model, folder / "stock" / name)
-    for adapter in (folder / "stock").iterdir():
+    for place in ("stock", "first"):
+        build_adapter(model, folder / place / f"{place}-and-known", seed=14)
+        not_a_number(model, folder / place / f"bad-{place}-and-known")
+        for name in (f"{place}-and-known", f"bad-{place}-and-known"):
+            shutil.copytree(folder / place / name, folder / "adapters" / name)
+    for adapter in (*(folder / "stock").iterdir(), *(folder / "first").iterdir()):
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(model / "aligned"))
     (folder / "outside").symlink_to(folder / "stock" / "stock-good")
     return folder
@@ -217,6 +222,18 @@ def test_what_only_vllms_own_resolver_knows_is_corrected_too(server, place, expe
 def test_vllms_own_resolver_serves_nothing_that_is_refused(name, server):
     status, text = server.complete(name, PROMPTS[0])
     assert status == {"stock-bad": 400, "bad-nan": 422}[name], text
+
+
+@pytest.mark.parametrize(
+    ("place_of", "by"), [("stock", "Resolver"), ("first", "FilesystemResolver")]
+)
+def test_beside_vllms_own_resolver_on_the_same_adapters(place_of, by, server, place, expected):
+    """Whichever of the two is asked first: one that is asked before csulora's finds the raw folder."""
+    name = f"{place_of}-and-known"
+    assert asked(server, name) == fine(expected(place / "adapters" / name))
+    assert f"'{name}' using {by}\n" in server.said()
+    status, text = server.complete(f"bad-{name}", PROMPTS[0])
+    assert status == 422 and text.startswith(f"csulora refused bad-{name}: "), text
 
 
 def test_many_first_requests_over_names_of_one_source_make_one_correction(server, place, expected):
