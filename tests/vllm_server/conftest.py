@@ -16,7 +16,13 @@ def install():
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
-    first, resolve = FilesystemResolver(str(here / "first")), OpenAIServingModels.resolve_lora
+    class First(FilesystemResolver):
+        async def resolve_lora(self, base_model_name, lora_name):
+            if os.path.basename(lora_name) != lora_name:  # which vLLM's own lets leave its folder
+                return None
+            return await super().resolve_lora(base_model_name, lora_name)
+
+    first, resolve = First(str(here / "first")), OpenAIServingModels.resolve_lora
 
     @functools.wraps(resolve)
     async def resolve_by_first(self, lora_name):

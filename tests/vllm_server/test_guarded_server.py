@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -224,9 +225,7 @@ def test_vllms_own_resolver_serves_nothing_that_is_refused(name, server):
     assert status == {"stock-bad": 400, "bad-nan": 422}[name], text
 
 
-@pytest.mark.parametrize(
-    ("place_of", "by"), [("stock", "Resolver"), ("first", "FilesystemResolver")]
-)
+@pytest.mark.parametrize(("place_of", "by"), [("stock", "Resolver"), ("first", "First")])
 def test_beside_vllms_own_resolver_on_the_same_adapters(place_of, by, server, place, expected):
     """Whichever of the two is asked first: one that is asked before csulora's finds the raw folder."""
     name = f"{place_of}-and-known"
@@ -246,7 +245,8 @@ def test_many_first_requests_over_names_of_one_source_make_one_correction(server
 
 
 def test_other_requests_go_on_while_an_adapter_is_corrected(server, place, expected):
-    """Their longest pause is less than half of the four seconds that the correction takes."""
+    """As often as just before and after, in the middle, whatever else the machine does: a correction that
+    held them up for its four seconds would be one gap. The longest gap tells of the machine as well."""
     right = fine(expected(place / "adapters" / "a-slow", PROMPTS[:1]))
     ended = threading.Event()
     times = []
@@ -258,17 +258,26 @@ def test_other_requests_go_on_while_an_adapter_is_corrected(server, place, expec
 
     with ThreadPoolExecutor(1) as thread:
         stream = thread.submit(others)
-        while len(times) < 3:
-            time.sleep(0.01)
-        before = len(times)
+        time.sleep(4)
         began = time.monotonic()
-        assert asked(server, "a-slow", PROMPTS[:1]) == right
-        took = time.monotonic() - began
-        ended.set()
+        try:
+            assert asked(server, "a-slow", PROMPTS[:1]) == right
+            finished = time.monotonic()
+            time.sleep(4)
+        finally:
+            ended.set()
         stream.result()
-    pause = max(b - a for a, b in itertools.pairwise(times[before - 1 :]))
-    print(f"a correction took {took:.2f} s, others paused for {pause:.3f} s")
-    assert took > 4 and pause < took / 2
+    gaps = {"before": [], "during": [], "after": []}
+    for a, b in itertools.pairwise(times):
+        gaps["before" if b < began else "during" if a < finished else "after"].append(b - a)
+    usual = max(statistics.median(gaps[when]) for when in ("before", "after"))
+    told = {
+        when: (len(g), round(statistics.median(g), 3), round(max(g), 3)) for when, g in gaps.items()
+    }
+    print(f"a correction took {finished - began:.2f} s; count, median and longest gap: {told}")
+    assert finished - began > 4
+    assert statistics.median(gaps["during"]) < 3 * usual, told
+    assert max(gaps["during"]) < (finished - began) / 2, told
 
 
 def test_changed_weights_that_are_loaded_in_place_are_not_stale(server, model, place, expected):

@@ -10,6 +10,7 @@ from builders import write_guard
 from serving_world import KINDS, LINEAR, build_adapter, corrected
 from vllm_process import MARKS, environment
 
+from csulora import LoraAdapter
 from csulora.serving.check import of_vllm
 
 pytestmark = MARKS
@@ -35,12 +36,11 @@ def found(script, env, cwd, *arguments):
     return json.loads(line.removeprefix("FOUND "))
 
 
-@pytest.mark.parametrize("mode", ["correct", "observe"])
-def test_vllm_copies_the_configuration_to_workers_that_ray_starts(mode, model, tmp_path):
+def test_vllm_copies_the_configuration_to_workers_that_ray_starts(model, tmp_path):
     """Both of its executors, and the engines of data parallelism; none did without the plugin."""
     config = write_guard(
         tmp_path / "serving.toml",
-        mode=mode,
+        mode="correct",
         subspace=str(model / "subspace.safetensors"),
         cache="cache",
     )
@@ -135,21 +135,18 @@ print("FOUND", json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("portable", [True, False])
-def test_vllm_reads_each_corrected_adapter_as_peft_does(portable, model, tmp_path):
+def test_vllm_reads_each_corrected_adapter_as_peft_does(model, tmp_path):
     """Its `LoRAModel`, which takes scalings and ranks from the configuration alone."""
-    import csulora
-
-    folders = {}
+    folders = []
     for kind in KINDS:
         raw = build_adapter(model, tmp_path / "raw" / kind, kind)
-        folders[kind] = str(corrected(model, raw, tmp_path / kind, portable=portable))
-    loaded = found(
-        LOADED, environment(None), tmp_path, json.dumps([*folders.values()]), json.dumps(LINEAR)
-    )
-    for kind, folder in folders.items():
-        modules = csulora.LoraAdapter.load(folder).modules
-        assert loaded[folder].keys() == modules.keys(), kind
+        for form in ("portable", "kept"):
+            target = tmp_path / form / kind
+            folders.append(str(corrected(model, raw, target, portable=form == "portable")))
+    loaded = found(LOADED, environment(None), tmp_path, json.dumps(folders), json.dumps(LINEAR))
+    for folder in folders:
+        modules = LoraAdapter.load(folder).modules
+        assert loaded[folder].keys() == modules.keys(), folder
         for name, module in modules.items():
             a, b, rank, scaling = loaded[folder][name]
             assert (a, b) == ([*module.A.shape], [*module.B.shape]) and rank == module.rank
