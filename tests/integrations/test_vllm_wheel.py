@@ -28,11 +28,15 @@ def module():
         yield read
 
 
-def defined(tree, name):
-    """What a module or class defines under a name, nested ones by dots."""
+def defined(module, place, name):
+    """The function of a module, perhaps in a class of it, or imported from another."""
+    tree = module(place)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return defined(module, node.module, name)
     for part in name.split("."):
         found = [x for x in ast.walk(tree) if getattr(x, "name", None) == part]
-        assert found, f"no {part}"
+        assert found, f"{place} has no {name}"
         tree = found[0]
     return tree
 
@@ -71,7 +75,7 @@ def test_each_hooked_function_takes_what_it_is_taken_for(module):
     found = list(hooks())
     assert len(found) == 12
     for hook in found:
-        function = defined(module(hook.module), hook.name)
+        function = defined(module, hook.module, hook.name)
         given = function.args
         parameters = [x.arg for x in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
         parameters += [x.arg for x in (given.vararg, given.kwarg) if x]
