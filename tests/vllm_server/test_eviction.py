@@ -1,7 +1,9 @@
 """Adapters that are read again, whose files vanish or change: the engine lives, nothing raw is served."""
 
+import contextlib
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import write_guard
@@ -40,9 +42,9 @@ def place(model, tmp_path_factory):
 def start(model, place, plugin):
     """A server that holds one adapter at a time."""
 
-    def started():
-        env = environment(place / "serving.toml", [plugin], TEST_FOLDER=str(place))
-        flags = ("--max-lora-rank=16", "--max-loras=1", "--max-cpu-loras=1")
+    def started(*more, **variables):
+        env = environment(place / "serving.toml", [plugin], TEST_FOLDER=str(place), **variables)
+        flags = ("--max-lora-rank=16", "--max-loras=1", "--max-cpu-loras=1", *more)
         return serving(model / "aligned", place / "server.log", *flags, env=env)
 
     return started
@@ -152,3 +154,28 @@ def test_a_server_that_is_started_again_uses_the_cache(start, place, right):
             assert answers(server, name) == [(200, tokens) for tokens in right[name]]
         assert server.metrics()["csulora_hits_total"] >= 2
     assert len(decisions(place / "audit.jsonl", "corrected")) == before
+
+
+def test_a_model_in_two_workers_ends_before_one_has_zeros(start, place, right):
+    """Each reads its own part. A disk that fails is shorter than their patience, and then longer."""
+    # Bound, each worker would want a memory node of its own.
+    with start("--tensor-parallel-size=2", VLLM_CPU_OMP_THREADS_BIND="nobind") as server:
+        guarded = {x for x in server.said().splitlines() if "csulora guards" in x}
+        assert len(guarded) >= 4
+        for name in ("base", "two", "three", "two"):
+            assert answers(server, name) == [(200, tokens) for tokens in right[name]], name
+        (place / "unreadable").touch()
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(server.complete, "three", PROMPTS[0])
+            time.sleep(1)
+            assert not answer.done()
+            (place / "unreadable").unlink()
+            assert answer.result() == (200, right["three"][0])
+        (place / "unreadable").touch()
+        try:
+            with contextlib.suppress(OSError):
+                assert server.complete("two", PROMPTS[0])[0] == 500
+            server.process.wait(60)
+        finally:
+            (place / "unreadable").unlink()
+        assert "csulora: two cannot be read again: " in server.said()
