@@ -22,14 +22,13 @@ from csulora.serving.guard import Guard, RefusedError, refusal_text
 MODULE = "sglang.srt.lora.lora_manager"
 MANAGER = f"{MODULE}.LoRAManager"
 # What the hooks count on, as SGLang 0.5.23 has it.
+_TENSORS = ("tensors", "config_dict", "added_tokens_config")
 EXPECTED = {
     name: Hook(MODULE, f"LoRAManager.{name}", ("self", *parameters))
     for name, parameters in {
         "init_state": ("max_lora_rank", "target_modules", "lora_paths"),
         "_load_lora_adapter": ("lora_ref",),
-        "_load_lora_adapter_from_tensors": (
-            *("lora_ref", "tensors", "config_dict", "added_tokens_config"),
-        ),
+        "_load_lora_adapter_from_tensors": ("lora_ref", *_TENSORS),
         "create_lora_update_result": ("success", "error_message"),
     }.items()
 }
