@@ -1,6 +1,11 @@
-"""vLLM in a script: the adapter that is named is raw, the one that answers is corrected.
+r"""vLLM in a script: the adapter that is named is raw, the one that answers is corrected.
 
 CSULORA_CONFIG=serving.toml python examples/vllm_offline.py MODEL ADAPTER "a prompt"
+
+With what examples/serve_vllm.sh makes and the model that ships with csulora, from a checkout of it:
+
+CSULORA_CONFIG=csulora-examples/vllm/serving.toml python examples/vllm_offline.py \
+    csulora/demo/assets/aligned csulora/demo/assets/adapter "<ask> tell me how to make a bomb <answer>"
 """
 
 import sys

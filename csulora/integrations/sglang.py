@@ -8,32 +8,37 @@ the guard's cache hold one file of them. Loading happens in the scheduler, while
 from __future__ import annotations
 
 import importlib
-import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from csulora.errors import CsuloraError
+from csulora.integrations.hooks import Hook
 from csulora.serving.config import from_environment
 from csulora.serving.guard import Guard, RefusedError, refusal_text
 
 MODULE = "sglang.srt.lora.lora_manager"
 MANAGER = f"{MODULE}.LoRAManager"
-REGISTRY = "sglang.srt.plugins.hook_registry"
 # What the hooks count on, as SGLang 0.5.23 has it.
+_TENSORS = ("tensors", "config_dict", "added_tokens_config")
 EXPECTED = {
-    "init_state": ("self", "max_lora_rank", "target_modules", "lora_paths"),
-    "_load_lora_adapter": ("self", "lora_ref"),
-    "_load_lora_adapter_from_tensors": (
-        "self",
-        "lora_ref",
-        "tensors",
-        "config_dict",
-        "added_tokens_config",
-    ),
-    "create_lora_update_result": ("self", "success", "error_message"),
+    name: Hook(MODULE, f"LoRAManager.{name}", ("self", *parameters))
+    for name, parameters in {
+        "init_state": ("max_lora_rank", "target_modules", "lora_paths"),
+        "_load_lora_adapter": ("lora_ref",),
+        "_load_lora_adapter_from_tensors": ("lora_ref", *_TENSORS),
+        "create_lora_update_result": ("success", "error_message"),
+    }.items()
 }
+REGISTER = Hook(
+    "sglang.srt.plugins.hook_registry",
+    "HookRegistry.register",
+    ("target", "hook", "hook_type"),
+    among=True,
+)
+logger = logging.getLogger("csulora.integrations.sglang")
 
 # Passed where an adapter would be, to see that a call comes by the hooks. Were there none, it would be an
 # adapter that is nowhere.
@@ -49,16 +54,17 @@ def install() -> None:
     config = from_environment()
     if config is None or config.mode == "off":
         return
-    manager = _module(MODULE).LoRAManager
-    _check(manager)
-    registry = _module(REGISTRY)
+    for hook in EXPECTED.values():
+        hook.function()
+    register = REGISTER.function()
+    around = importlib.import_module(REGISTER.module).HookType.AROUND
     hooks = Hooks(Guard(replace(config, portable=True)))
-    for name, hook in (
+    for name, function in (
         ("init_state", hooks.init_state),
         ("_load_lora_adapter", hooks.load),
         ("_load_lora_adapter_from_tensors", hooks.load_from_tensors),
     ):
-        registry.HookRegistry.register(f"{MANAGER}.{name}", hook, registry.HookType.AROUND)
+        register(f"{MANAGER}.{name}", function, around)
 
 
 class Hooks:
@@ -97,10 +103,11 @@ class Hooks:
             admitted = self._guard.admit(
                 lora_ref.lora_path, lora_ref.lora_name, max_rank=self._max_rank(manager)
             )
-        except RefusedError as error:
+            other = importlib.import_module("msgspec").structs.replace
+            sound = other(lora_ref, lora_path=str(admitted.path))
+        except Exception as error:  # it would go through the scheduler, and end it
             return _refused(manager, lora_ref, error)
-        other = importlib.import_module("msgspec").structs.replace
-        return original(manager, other(lora_ref, lora_path=str(admitted.path)))
+        return original(manager, sound)
 
     def load_from_tensors(
         self,
@@ -118,7 +125,7 @@ class Hooks:
             tensors, config_dict = self._guard.admit_tensors(
                 tensors, config_dict, lora_ref.lora_name, max_rank=self._max_rank(manager)
             )
-        except RefusedError as error:
+        except Exception as error:
             return _refused(manager, lora_ref, error)
         return original(manager, lora_ref, tensors, config_dict, added_tokens_config)
 
@@ -127,31 +134,13 @@ class Hooks:
         return getattr(manager, "max_lora_rank", self._starting)
 
 
-def _refused(manager: Any, lora_ref: Any, error: RefusedError) -> Any:
+def _refused(manager: Any, lora_ref: Any, error: Exception) -> Any:
     """What SGLang itself returns of an adapter that it cannot load: clients get 400 and the text."""
+    if not isinstance(error, RefusedError):  # a guard has told of its own
+        logger.error("csulora: %s is not served", lora_ref.lora_name, exc_info=error)
+        error = RefusedError("unforeseen", f"{type(error).__name__}: {error}")
     text = refusal_text(str(lora_ref.lora_name), error)
     return manager.create_lora_update_result(success=False, error_message=text)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a module of another program may fail in any way
-        raise CsuloraError(f"SGLang cannot be guarded: {name}: {error}") from error
-
-
-def _check(manager: type) -> None:
-    """Raise CsuloraError for functions that are not there, or take other arguments."""
-    for name, expected in EXPECTED.items():
-        try:
-            found = tuple(inspect.signature(getattr(manager, name)).parameters)
-        except (AttributeError, TypeError, ValueError):
-            found = ()
-        if found != expected:
-            raise CsuloraError(
-                f"SGLang cannot be guarded: {MANAGER}.{name} takes {', '.join(found) or 'nothing'}; "
-                f"{', '.join(expected)} was expected, as in SGLang 0.5.23"
-            )
 
 
 def _check_hooked(manager: Any) -> None:

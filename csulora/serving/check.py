@@ -21,7 +21,12 @@ from csulora.subspace import SafetySubspace
 
 # Reasons that a larger rank may mend.
 _OF_RANK = ("rank", "rank error")
-_SAVED_BY_VLLM = {"classifier", "score"}
+_SAVED_BY_VLLM = ("classifier", "score")
+_REFUSED_BY_VLLM = (
+    *("use_dora", "lora_bias", "alora_invocation_tokens"),
+    *("layer_replication", "use_bdlora", "use_qalora"),
+)
+_INITS_OF_VLLM = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # besides true and false
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,11 @@ def check_folder(
                 raise CsuloraError(str(error)) from None
             needs = _smallest(guard, folder, stack) if error.reason in _OF_RANK else None
             return Finding(folder, needs=needs, reason=error.reason, error=str(error))
-        objection = _objection(admitted, stack)
-        if objection is not None:
-            return Finding(folder, reason="stack", error=objection)
+        limit = guard.config.max_lora_rank if max_rank is None else max_rank
+        objection = _objection(admitted, stack, limit)
         needs = _smallest(guard, folder, stack)
+        if objection is not None:
+            return Finding(folder, needs=needs, reason="stack", error=objection)
         return Finding(folder, admitted.rank, admitted.form, admitted.how, needs)
 
 
@@ -107,30 +113,54 @@ def _smallest(guard: Guard, folder: Path, stack: Stack) -> int | None:
     """Of an adapter. Reads it no second time, and corrects it at most once in the other form."""
     for limit in MAX_RANKS if stack == "vllm" else range(1, MAX_RANKS[-1] + 1):
         try:
-            guard.admit(folder, folder.name, max_rank=limit)
+            admitted = guard.admit(folder, folder.name, max_rank=limit)
         except RefusedError as error:
             if error.reason not in _OF_RANK:
                 return None
             continue
-        return limit
+        if _objection(admitted, stack, None) is not None:
+            return None
+        if _objection(admitted, stack, limit) is None:
+            return limit
     return None
 
 
-def _objection(admitted: Admitted, stack: Stack) -> str | None:
+def _objection(admitted: Admitted, stack: Stack, max_rank: int | None) -> str | None:
     """Why a stack refuses what csulora would give it; None where it does not."""
     config = read_json(admitted.path / CONFIG, CONFIG_LIMIT)
-    return _of_vllm(config) if stack == "vllm" else _of_sglang(config)
+    return of_vllm(config, max_rank) if stack == "vllm" else _of_sglang(config)
 
 
-def _of_vllm(config: Mapping[str, Any]) -> str | None:
+def of_vllm(config: Mapping[str, Any], max_rank: int | None) -> str | None:
+    """Why a vLLM with this max_lora_rank refuses a configuration, whatever the tensors; None where it
+    does not. After `vllm.lora.peft_helper.PEFTHelper` of 0.32 and 0.33."""
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), (int, float)):
+            return f"vLLM needs a number as {field}"
+    if "target_modules" not in config:
+        return "vLLM needs target_modules"
     saved = config.get("modules_to_save") or []
-    if not set(saved) <= _SAVED_BY_VLLM:
+    if not isinstance(saved, (list, str)) or not all(name in _SAVED_BY_VLLM for name in saved):
         return f"vLLM refuses modules_to_save {saved!r}"
-    for field in ("use_dora", "lora_bias"):
+    for field in _REFUSED_BY_VLLM:
         if config.get(field):
             return f"vLLM refuses {field}"
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _INITS_OF_VLLM:
+        return f"vLLM refuses init_lora_weights {init!r}"
     if config.get("bias", "none") != "none":
         return f"vLLM refuses bias {config['bias']!r}"
+    return _rank_objection(config["r"], config.get("rank_pattern") or {}, max_rank)
+
+
+def _rank_objection(r: float, pattern: Any, max_rank: int | None) -> str | None:
+    """The largest rank of a configuration counts in vLLM, also where no module has it."""
+    if not isinstance(pattern, dict) or not all(isinstance(n, int) for n in pattern.values()):
+        return "vLLM needs integers in rank_pattern"
+    if not min(stated := [r, *pattern.values()]) > 0:
+        return "vLLM needs positive ranks"
+    if max_rank is not None and max(stated) > max_rank:
+        return f"its configuration says rank {max(stated)}, and the server takes {max_rank}"
     return None
 
 

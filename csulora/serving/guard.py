@@ -24,7 +24,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.names import find_adapter
 from csulora.serving.observer import Observer
 from csulora.serving.recent import Recent
-from csulora.serving.refused import RefusedError
+from csulora.serving.refused import RefusedError, told
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
@@ -177,12 +177,12 @@ class Guard:
             with self._refusals(name, Path(path)):
                 self._sound(key, name)
 
-    def again(self, path: str | os.PathLike[str], name: str) -> Path | None:
-        """For reading an adapter once more, where an exception would end the server: never raises.
+    def again(self, path: str | os.PathLike[str], name: str) -> Path:
+        """Where the sound weights of an adapter lie that is read once more.
 
-        A raw folder gives its corrected form, the last one known where it cannot be had anew. None where
-        no sound weights can be had: the stack has to serve a zero adapter, which is logged and counted
-        here.
+        A raw folder gives its corrected form, the last one known where it cannot be had anew. Raises
+        RefusedError, and nothing else, where no sound weights can be had: a stack that must not raise
+        then serves zeros, and says so by `zeroed`.
         """
         given = Path(path)
         if not self.protects:
@@ -192,7 +192,7 @@ class Guard:
                 return self.admit(given, name).path
             self.check(given, name)
             return given
-        except RefusedError as error:
+        except RefusedError:
             with contextlib.suppress(
                 RefusedError, ValueError
             ):  # a path with a NUL resolves to none
@@ -200,9 +200,16 @@ class Guard:
                 if last is not None:
                     self.check(self.cache.folder(last), name)
                     return self.cache.folder(last)
-            counters.add("zeroed")
-            self._audit.line("zeroed", name, folder=given, reason=error.reason, text=str(error))
-            return None
+            raise
+
+    def zeroed(self, path: str | os.PathLike[str], name: str, error: Exception) -> None:
+        """Count and log that zeros stand in for an adapter that could not be read again."""
+        counters.add("zeroed")
+        self._audit.line("zeroed", name, folder=path, **told(error))
+
+    def restored(self, path: str | os.PathLike[str], name: str) -> None:
+        """Log that such an adapter has been read after all."""
+        self._audit.line("restored", name, folder=path)
 
     def _limit(self, max_rank: int | None) -> int | None:
         """The largest rank that counts: the stack's, or else that of the configuration."""

@@ -19,6 +19,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.forms import pick
 from csulora.serving.identity import Identity, is_settled, of_adapter
 from csulora.serving.recent import Recent
+from csulora.serving.refused import told
 from csulora.serving.sources import Sources
 from csulora.subspace import SafetySubspace
 from csulora_kernels import Form
@@ -108,4 +109,5 @@ class Observer:
 
 def _objection(error: Exception) -> dict[str, str]:
     """What the log says of an adapter that would be refused."""
-    return {"would_refuse": getattr(error, "reason", "unforeseen"), "text": str(error)}
+    details = told(error)
+    return {"would_refuse": details.pop("reason"), **details}

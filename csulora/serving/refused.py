@@ -29,3 +29,9 @@ class CacheError(RefusedError):
 
     def __init__(self, text: str) -> None:
         super().__init__("cache", text)
+
+
+def told(error: Exception) -> dict[str, str]:
+    """What the log says of an error."""
+    text = str(error) or type(error).__name__
+    return {"reason": getattr(error, "reason", "unforeseen"), "text": text}

@@ -277,12 +277,50 @@ def test_a_guard_that_cannot_open_ends_the_scheduler(world, place):
 @pytest.mark.parametrize("name", sglang.EXPECTED)
 def test_functions_that_are_not_as_expected_end_the_start(world, place, name):
     setattr(world.manager.LoRAManager, name, lambda self, other: None)
-    text = f"LoRAManager.{name} takes self, other; self, "
+    text = (
+        rf"cannot guard this server: .*LoRAManager\.{name} takes \(self, other\), and not \(self, "
+    )
     with pytest.raises(csulora.CsuloraError, match=text):
         sglang.install()
     delattr(world.manager.LoRAManager, name)
-    with pytest.raises(csulora.CsuloraError, match=f"{name} takes nothing; self, "):
+    with pytest.raises(csulora.CsuloraError, match=f"{name} cannot be had .*, and not \\(self, "):
         sglang.install()
+
+
+UNFORESEEN = {
+    "a guard": ("csulora.serving.guard.Guard.admit", "csulora.serving.guard.Guard.admit_tensors"),
+    "a rank": ("csulora.integrations.sglang.Hooks._max_rank",),
+    "msgspec": ("msgspec.structs.replace",),
+}
+
+
+@pytest.mark.parametrize("of", UNFORESEEN)
+@pytest.mark.parametrize("way", ["folder", "tensors"])
+def test_whatever_else_goes_wrong_is_a_failed_load(world, place, monkeypatch, caplog, of, way):
+    """It went through the scheduler, which ends by it."""
+    if (of, way) == ("msgspec", "tensors"):
+        pytest.skip("no reference is replaced")
+
+    def fail(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    manager = world.installed()(max_lora_rank=64)
+    adapter = builders.write_adapter(place / "in" / "one")
+    with monkeypatch.context() as patch:
+        for name in UNFORESEEN[of]:
+            patch.setattr(name, fail)
+        if way == "folder":
+            result = manager.load_lora_adapter(world.ref("one", adapter))
+        else:
+            tensors = load_file(adapter / builders.WEIGHTS)
+            values = json.loads((adapter / builders.CONFIG).read_text())
+            result = manager.load_lora_adapter_from_tensors(
+                world.ref("one", "__tensor__"), tensors, values
+            )
+    assert not result.success and manager.loras == {}
+    assert result.error_message == "csulora refused one: OSError: [Errno 24] Too many open files"
+    assert "one is not served" in caplog.text
+    assert manager.load_lora_adapter(world.ref("one", adapter)).success
 
 
 @pytest.mark.parametrize("name", list(sglang.EXPECTED)[1:3])
@@ -297,10 +335,10 @@ def test_a_hook_that_was_not_applied_ends_the_scheduler(world, place, name):
 
 def test_a_module_that_does_not_import_ends_the_start(place, monkeypatch):
     stand_in.pretend(monkeypatch)
-    for name in (sglang.MODULE, sglang.REGISTRY):
+    for name in (sglang.MODULE, sglang.REGISTER.module):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(csulora.CsuloraError, match="SGLang cannot be guarded: "):
+            with pytest.raises(csulora.CsuloraError, match=f"cannot guard this server: {name}"):
                 sglang.install()
 
 
@@ -308,7 +346,7 @@ def test_the_expected_signatures_are_those_of_its_own_class():
     pytest.importorskip("sglang.srt.plugins.hook_registry")
     functions = stand_in.real_functions()
     for name, expected in sglang.EXPECTED.items():
-        assert tuple(arg.arg for arg in functions[name].args.args) == expected
+        assert tuple(arg.arg for arg in functions[name].args.args) == expected.parameters
 
 
 def test_hooks_stay_applied_beside_those_of_others(place, monkeypatch):

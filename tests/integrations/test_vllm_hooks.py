@@ -2,201 +2,26 @@
 
 import asyncio
 import logging
+import os
 import sys
 import threading
-import types
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from vllm_stand_in import (
+    LoadRequest,
+    Request,
+    StubGuard,
+    UnprocessableError,
+    ValidationError,
+    hooked,
+)
 
 from csulora import CsuloraError
-from csulora.serving import counters
-from csulora.serving.guard import Admitted, RefusedError
-
-LORA = SimpleNamespace(max_lora_rank=64)
 
 
 def test_a_stand_in_is_used_only_where_it_is_put(vllm):
     assert sys.modules["vllm"] is vllm
-
-
-@dataclass
-class Request:
-    """As vllm.lora.request.LoRARequest."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str
-    load_inplace: bool = False
-
-
-class ValidationError(Exception):
-    pass
-
-
-class UnprocessableError(Exception):
-    pass
-
-
-@dataclass
-class StubGuard:
-    """Admits any folder whose name does not begin with "bad", as one in a cache."""
-
-    mode: str = "correct"
-    folders: dict = field(default_factory=dict)
-    calls: list = field(default_factory=list)
-    damaged: set = field(default_factory=set)
-
-    @property
-    def config(self):
-        return SimpleNamespace(mode=self.mode)
-
-    def find(self, name):
-        if ".." in name:
-            raise RefusedError("outside", "the name leaves the folders")
-        return self.folders.get(name)
-
-    def admit(self, folder, name, *, max_rank=None):
-        self.calls.append(("admit", str(folder), name, max_rank, threading.current_thread().name))
-        if Path(folder).name.startswith("bad"):
-            raise RefusedError("damaged", "it is bad")
-        path = Path("/cache") / Path(folder).name
-        return Admitted(path, "key", 8, "exact", "corrected")
-
-    def check(self, path, name):
-        self.calls.append(("check", str(path), name))
-        if str(path) in self.damaged:
-            raise RefusedError("damaged", "it is damaged")
-
-    def again(self, path, name):
-        self.calls.append(("again", str(path), name))
-        return None if str(path) in self.damaged else Path(path)
-
-
-class Models:
-    """As OpenAIServingModels."""
-
-    def __init__(self, engine_client, base_model_paths, *, lora_modules=None):
-        self.engine_client = engine_client
-        self.lora_resolvers = ["stock"]
-        self.lora_requests = {}
-
-    async def load_lora_adapter(self, request, base_model_name=None):
-        self.lora_requests[request.lora_name] = Request(
-            request.lora_name, 1, request.lora_path, load_inplace=True
-        )
-        return "Success"
-
-
-class AsyncLLM:
-    def __init__(self, lora_config=LORA):
-        self.vllm_config = SimpleNamespace(lora_config=lora_config)
-        self.seen = []
-
-    async def add_lora(self, lora_request):
-        self.seen.append(lora_request.lora_path)
-        return True
-
-    async def add_request(self, request_id, prompt, params, arrival_time=None, lora_request=None):
-        self.seen.append(lora_request and lora_request.lora_path)
-        return "queue"
-
-
-class InputProcessor:
-    lora_config = LORA
-
-    def _validate_lora(self, lora_request):
-        return None
-
-
-class Worker:
-    """As WorkerLoRAManager."""
-
-    lora_config = LORA
-    embedding_modules = ()
-
-    def __init__(self):
-        self._adapter_manager = SimpleNamespace(
-            create_dummy_lora=lambda lora_id, rank, modules: ("zeros", lora_id, rank)
-        )
-        self.fails = None
-
-    def _load_adapter(self, lora_request):
-        if self.fails is not None:
-            raise self.fails
-        return ("weights", lora_request.lora_path)
-
-
-class Manager:
-    """As LoRAModelManager."""
-
-    def create_dummy_lora(self, lora_id, rank, embedding_modules=None):
-        return None
-
-
-class LoadRequest(SimpleNamespace):
-    def model_copy(self, update):
-        return LoadRequest(**(vars(self) | update))
-
-
-def fresh(kind):
-    """A class of its own, which a test may spoil."""
-    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, (), own)
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    """A package vllm with stand-ins, in which nothing is hooked yet."""
-
-    def module(name, **values):
-        made = types.ModuleType(name)
-        made.__path__ = []
-        vars(made).update(values)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
-
-    for name in [name for name in sys.modules if name.startswith("csulora.integrations.vllm")]:
-        monkeypatch.delitem(sys.modules, name)
-    top = module("vllm")
-    for name in ("lora", "entrypoints", "entrypoints.openai", "v1", "v1.engine"):
-        module(f"vllm.{name}")
-    module("vllm.entrypoints.openai.models")
-    module("vllm.entrypoints.serve", create_error_response=lambda **values: values)
-    module("vllm.entrypoints.serve.instrumentator")
-    module(
-        "vllm.exceptions",
-        VLLMValidationError=ValidationError,
-        VLLMUnprocessableEntityError=UnprocessableError,
-    )
-    module("vllm.lora.request", LoRARequest=Request)
-    module("vllm.lora.resolver", LoRAResolver=object)
-    module("vllm.entrypoints.openai.models.serving", OpenAIServingModels=fresh(Models))
-    module("vllm.v1.engine.async_llm", AsyncLLM=fresh(AsyncLLM))
-    module("vllm.v1.engine.input_processor", InputProcessor=fresh(InputProcessor))
-    module("vllm.lora.worker_manager", WorkerLoRAManager=fresh(Worker))
-    module("vllm.lora.model_manager", LoRAModelManager=fresh(Manager))
-    structs = SimpleNamespace(replace=lambda request, **new: Request(**(vars(request) | new)))
-    module("msgspec", structs=structs)
-    return top
-
-
-def hooked(guard):
-    """The stand-ins with front and worker in place, and what they ask."""
-    from csulora.integrations.vllm import front, worker
-    from csulora.integrations.vllm.admission import Admission
-
-    admission = Admission(guard)
-    front.install(admission)
-    worker.install(admission)
-    return SimpleNamespace(
-        Models=sys.modules["vllm.entrypoints.openai.models.serving"].OpenAIServingModels,
-        AsyncLLM=sys.modules["vllm.v1.engine.async_llm"].AsyncLLM,
-        InputProcessor=sys.modules["vllm.v1.engine.input_processor"].InputProcessor,
-        Worker=sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager,
-    )
 
 
 SPOILED = {
@@ -270,6 +95,44 @@ def test_a_hub_id_that_cannot_be_had_is_refused(vllm, path):
     request = LoadRequest(lora_name="a", lora_path=path, load_inplace=False)
     answer = asyncio.run(models.load_lora_adapter(request))
     assert answer["status_code"] == 422 and "no such folder" in answer["message"]
+
+
+@pytest.mark.parametrize("mode", ["correct", "observe"])
+@pytest.mark.parametrize("way", ["endpoint", "request"])
+def test_a_slow_hub_holds_up_no_other_adapter(vllm, tmp_path, monkeypatch, way, mode):
+    from csulora.integrations.vllm import admission
+
+    answers = threading.Event()
+
+    def resolve_source(text, patterns):
+        if text.startswith("hub/") and not answers.wait(60):
+            pytest.fail("the hub was waited for")
+        return Path(text)
+
+    monkeypatch.setattr(admission, "resolve_source", resolve_source)
+    kinds = hooked(StubGuard(mode=mode, folders={"named": tmp_path / "named"}))
+    engine = kinds.AsyncLLM()
+    models = kinds.Models(engine, [])
+
+    def asked(name, path):
+        if way == "endpoint":
+            request = LoadRequest(lora_name=name, lora_path=path, load_inplace=False)
+            return models.load_lora_adapter(request)
+        return engine.add_request(name, [1], None, lora_request=Request(name, 1, path))
+
+    async def all_of_them():
+        slow = [asyncio.ensure_future(asked(f"{i}", f"hub/{i}")) for i in range(8)]
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(asked("local", str(tmp_path / "good")), 30)
+        await asyncio.wait_for(models.lora_resolvers[0].resolve_lora("base", "named"), 30)
+        assert not any(one.done() for one in slow)
+        answers.set()
+        return await asyncio.gather(*slow)
+
+    try:
+        assert len(asyncio.run(all_of_them())) == 8
+    finally:
+        answers.set()
 
 
 def test_nothing_comes_from_another_hub_than_vllm_would_ask(vllm, monkeypatch):
@@ -351,32 +214,6 @@ def test_requests_of_the_base_model_are_not_looked_at(vllm):
     assert guard.calls == []
 
 
-def test_the_worker_refuses_a_first_load_and_never_a_later_one(vllm, tmp_path, monkeypatch):
-    counted = []
-    monkeypatch.setattr(counters, "add", lambda name, reason="": counted.append(name))
-    guard = StubGuard()
-    worker = hooked(guard).Worker()
-    with pytest.raises(CsuloraError, match="csulora refused b: it is bad"):
-        worker._load_adapter(Request("b", 2, str(tmp_path / "bad")))
-    request = Request("a", 1, str(tmp_path / "good"))
-    assert worker._load_adapter(request) == ("weights", "/cache/good")
-    assert worker._load_adapter(request) == ("weights", "/cache/good")
-    assert guard.calls[-1] == ("again", "/cache/good", "a")
-    worker.fails = OSError("the disk is gone")
-    assert worker._load_adapter(request) == ("zeros", 1, 8) and counted == ["zeroed"]
-    worker.fails = None
-    guard.damaged.add("/cache/good")
-    assert worker._load_adapter(request) == ("zeros", 1, 8)
-    assert worker._load_adapter(Request("a", 1, "/cache/other")) == ("weights", "/cache/other")
-
-
-def test_what_vllm_says_of_a_first_load_comes_through(vllm, tmp_path):
-    worker = hooked(StubGuard()).Worker()
-    worker.fails = ValueError("LoRA rank 128 is greater than max_lora_rank 64.")
-    with pytest.raises(ValueError, match="LoRA rank 128"):
-        worker._load_adapter(Request("a", 1, str(tmp_path / "good")))
-
-
 def test_observing_changes_nothing(vllm, tmp_path):
     guard = StubGuard(mode="observe", folders={"bad": tmp_path / "bad"})
     kinds = hooked(guard)
@@ -411,3 +248,20 @@ def test_a_process_says_that_it_is_guarded_before_and_after_vllm_sets_up_its_log
     _say("second")
     logging.getLogger("csulora.serving").info("third")
     assert told == ["second", "third"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("before", [None, "", "MY_,OTHER_", "CSULORA_"])
+def test_the_configuration_goes_to_workers_that_ray_starts(vllm, monkeypatch, tmp_path, before):
+    from csulora.integrations.vllm.installation import _share_with_ray
+
+    copied = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CSULORA_CONFIG", "serving.toml")
+    monkeypatch.delenv(copied, raising=False)
+    if before is not None:
+        monkeypatch.setenv(copied, before)
+    for _ in range(2):  # the processes of a server inherit it
+        _share_with_ray()
+        assert os.environ["CSULORA_CONFIG"] == str(tmp_path / "serving.toml")
+        prefixes = os.environ[copied].split(",")
+        assert sorted(prefixes) == sorted({*filter(None, (before or "").split(",")), "CSULORA_"})

@@ -200,10 +200,14 @@ def test_what_cannot_be_repaired_is_refused_alone(place):
     with pytest.raises(RefusedError, match=r"is damaged, and .* is another now") as caught:
         g.check(first.path, "one")
     assert caught.value.reason == "changed"
-    assert g.again(first.path, "one") is None
+    with pytest.raises(RefusedError) as caught:
+        g.again(first.path, "one")
+    assert caught.value.reason == "changed"
+    g.zeroed(first.path, "one", caught.value)
     g.check(second.path, "two")
     assert counters.collect()["zeroed", ""] == 1
-    assert place.decisions()[-1]["decision"] == "zeroed"
+    last = place.decisions()[-1]
+    assert (last["decision"], last["reason"]) == ("zeroed", "changed")
     shutil.rmtree(one)
     with pytest.raises(RefusedError, match="no such adapter folder"):
         g.check(first.path, "one")
@@ -214,7 +218,7 @@ def test_what_cannot_be_repaired_is_refused_alone(place):
     assert caught.value.reason == "damaged"
 
 
-def test_again_of_a_raw_folder_never_raises(place):
+def test_again_of_a_raw_folder_raises_refusals_alone(place):
     folder, g = place.adapter(), place.guard()
     assert g.again(folder, "one") == g.admit(folder, "one").path
     last = g.admit(folder, "one").path
@@ -223,7 +227,8 @@ def test_again_of_a_raw_folder_never_raises(place):
     shutil.rmtree(folder)
     assert g.again(folder, "one") == last
     for path in (place.root / "nowhere", "a\0b", "", "~"):
-        assert g.again(path, "one") is None
+        with pytest.raises(RefusedError):
+            g.again(path, "one")
 
 
 def test_require_repairs_only_to_the_same_bytes(place, monkeypatch):
@@ -246,7 +251,9 @@ def test_require_repairs_only_to_the_same_bytes(place, monkeypatch):
     assert place.entries() == []
     with pytest.raises(RefusedError):  # what it came out as is nothing to compare with
         g.check(found.path, "one")
-    assert g.again(found.path, "one") is None and place.entries() == []
+    with pytest.raises(RefusedError):
+        g.again(found.path, "one")
+    assert place.entries() == []
 
 
 def test_check_takes_entries_only(place):
@@ -273,7 +280,8 @@ def test_entries_of_other_settings_are_not_served(place):
     for call in (g.admit, g.check, g.admit):
         with pytest.raises(RefusedError, match="made with other settings"):
             call(weak.path, "one")
-    assert g.again(weak.path, "one") is None
+    with pytest.raises(RefusedError):
+        g.again(weak.path, "one")
 
 
 def test_digests_are_computed_once_a_process(place, monkeypatch):

@@ -100,6 +100,18 @@ def test_what_the_stack_itself_refuses(capsys, place):
     assert found["pattern"]["reason"] == "stack" and ".*proj" in found["pattern"]["error"]
 
 
+def test_vllm_counts_ranks_that_no_module_has(capsys, place):
+    builders.write_adapter(place / "in" / "one", rank_pattern={"nowhere": 99})
+    for form, needs in (("portable", 8), ("keep", 256)):
+        configure(place, form=form)
+        result, found, least = check(capsys, place, "--max-lora-rank", 64)
+        assert found["one"]["served"] == (form == "portable") == (result.code == 0)
+        assert found["one"]["max_lora_rank"] == least == needs
+    assert found["one"]["reason"] == "stack" and "says rank 198" in found["one"]["error"]
+    assert check(capsys, place, "--max-lora-rank", 256)[1]["one"]["served"]
+    assert check(capsys, place, "--max-lora-rank", 8, "--stack", "sglang")[1]["one"]["served"]
+
+
 def test_sglang_gets_the_portable_form_whatever_is_configured(capsys, place):
     configure(place, form="keep")
     builders.write_adapter(place / "in" / "one", alpha_pattern={"q_proj": 3})

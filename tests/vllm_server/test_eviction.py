@@ -1,6 +1,9 @@
 """Adapters that are read again, whose files vanish or change: the engine lives, nothing raw is served."""
 
+import contextlib
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import write_guard
@@ -16,6 +19,7 @@ from vllm_process import MARKS, environment, serving
 
 pytestmark = MARKS
 NAMES = ("one", "two", "three", "four")
+LONG = list(range(2, 202))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,9 @@ def place(model, tmp_path_factory):
 def start(model, place, plugin):
     """A server that holds one adapter at a time."""
 
-    def started():
-        env = environment(place / "serving.toml", [plugin], TEST_FOLDER=str(place))
-        flags = ("--max-lora-rank=16", "--max-loras=1", "--max-cpu-loras=1")
+    def started(*more, **variables):
+        env = environment(place / "serving.toml", [plugin], TEST_FOLDER=str(place), **variables)
+        flags = ("--max-lora-rank=16", "--max-loras=1", "--max-cpu-loras=1", *more)
         return serving(model / "aligned", place / "server.log", *flags, env=env)
 
     return started
@@ -58,6 +62,15 @@ def right(model, place, tmp_path_factory):
     return tokens
 
 
+@pytest.fixture(scope="module")
+def long(model, place, tmp_path_factory):
+    """Tokens after a prompt that is longer than a block of the prefix cache."""
+    fixed = corrected(model, place / "adapters" / "four", tmp_path_factory.mktemp("long") / "four")
+    tokens = {"base": tokens_of(model, None, [LONG])[0], "four": tokens_of(model, fixed, [LONG])[0]}
+    assert tokens["base"] != tokens["four"]
+    return tokens
+
+
 def answers(server, name):
     return [server.complete(name, prompt) for prompt in PROMPTS]
 
@@ -68,7 +81,7 @@ def entries(place):
     return {line["name"]: place / "cache" / line["key"] for line in made}
 
 
-def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
+def test_evicted_adapters_whose_files_are_spoiled(start, place, right, long):
     """One server, one story; after each chapter all others are as they were."""
     with start() as server:
 
@@ -105,6 +118,20 @@ def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
         assert status == 400 and text.startswith("csulora refused one: "), text
         all_right("base", "two", "three", "four")
 
+        # A disk fails for a while: the base model answers, and the adapter as soon as it can be read.
+        all_right("two")  # evicts it
+        (place / "unreadable").touch()
+        assert server.complete("four", LONG) == (200, long["base"])
+        assert server.complete("four", LONG) == (200, long["base"])
+        (place / "unreadable").unlink()
+        time.sleep(1.1)
+        assert server.complete("four", LONG) == (200, long["four"])
+        assert server.complete("four", LONG) == (200, long["four"])
+        all_right("four", "base", "two", "three")
+        assert server.metrics()["csulora_zeroed_total"] == 1
+        assert [x["name"] for x in decisions(place / "audit.jsonl", "zeroed")] == ["four"]
+        assert [x["name"] for x in decisions(place / "audit.jsonl", "restored")] == ["four"]
+
         # Between check and reading everything vanishes: the base model answers.
         gone = [entries(place)["four"], place / "adapters" / "four"]
         shutil.copytree(gone[1], place / "four")
@@ -114,7 +141,7 @@ def test_evicted_adapters_whose_files_are_spoiled(start, place, right):
         (place / "remove").unlink()
         status, text = server.complete("four", PROMPTS[1])
         assert status == 400 and text.startswith("csulora refused four: "), text
-        assert server.metrics()["csulora_zeroed_total"] == 1
+        assert server.metrics()["csulora_zeroed_total"] == 2
         assert " ERROR " in server.said() and "four" in server.said().split(" ERROR ")[-1]
         all_right("base", "two", "three")
         shutil.copytree(place / "four", place / "adapters" / "four")
@@ -127,3 +154,28 @@ def test_a_server_that_is_started_again_uses_the_cache(start, place, right):
             assert answers(server, name) == [(200, tokens) for tokens in right[name]]
         assert server.metrics()["csulora_hits_total"] >= 2
     assert len(decisions(place / "audit.jsonl", "corrected")) == before
+
+
+def test_a_model_in_two_workers_ends_before_one_has_zeros(start, place, right):
+    """Each reads its own part. A disk that fails is shorter than their patience, and then longer."""
+    # Bound, each worker would want a memory node of its own.
+    with start("--tensor-parallel-size=2", VLLM_CPU_OMP_THREADS_BIND="nobind") as server:
+        guarded = {x for x in server.said().splitlines() if "csulora guards" in x}
+        assert len(guarded) >= 4
+        for name in ("base", "two", "three", "two"):
+            assert answers(server, name) == [(200, tokens) for tokens in right[name]], name
+        (place / "unreadable").touch()
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(server.complete, "three", PROMPTS[0])
+            time.sleep(1)
+            assert not answer.done()
+            (place / "unreadable").unlink()
+            assert answer.result() == (200, right["three"][0])
+        (place / "unreadable").touch()
+        try:
+            with contextlib.suppress(OSError):
+                assert server.complete("two", PROMPTS[0])[0] == 500
+            server.process.wait(60)
+        finally:
+            (place / "unreadable").unlink()
+        assert "csulora: two cannot be read again: " in server.said()

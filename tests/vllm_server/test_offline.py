@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_script_gets_corrected_answers_or_an_error_that_it_survives(processes,
     (tmp_path / "script.py").write_text(SCRIPT)
     call = json.dumps([str(model / "aligned"), str(good), str(bad), PROMPTS])
     log = tmp_path / "script.log"
-    with launched([str(tmp_path / "script.py"), call], log, env) as process:
+    with launched([sys.executable, str(tmp_path / "script.py"), call], log, env) as process:
         code = process.wait(START_LIMIT)
     said = log.read_text(errors="replace")
     assert code == 0, said[-4000:]
@@ -84,7 +85,7 @@ def test_the_example_answers_from_the_corrected_adapter(model, tmp_path):
     call = [str(assets / "aligned"), str(assets / "adapter"), request]
     log = tmp_path / "script.log"
     script = str(root / "examples" / "vllm_offline.py")
-    with launched([script, *call], log, environment(config)) as process:
+    with launched([sys.executable, script, *call], log, environment(config)) as process:
         code = process.wait(START_LIMIT)
     said = log.read_text(errors="replace")
     assert code == 0, said[-4000:]

@@ -1,9 +1,24 @@
 """Starts that must not be, and a server of several processes that take requests."""
 
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
 import pytest
 from builders import write_guard
 from serving_world import PROMPTS, build_adapter, corrected, decisions, tokens_of
-from vllm_process import MARKS, environment, refused_start, serving
+from vllm_process import (
+    MARKS,
+    ROOT,
+    Server,
+    environment,
+    free_port,
+    launched,
+    refused_start,
+    serving,
+)
 
 pytestmark = MARKS
 
@@ -42,6 +57,34 @@ def test_a_static_adapter_that_is_refused_is_no_start(model, place):
         env=environment(config_of(model, place)),
     )
     assert code != 0 and "csulora refused empty: " in said
+
+
+def test_the_example_serves_the_shipped_adapter_as_its_comments_say(place):
+    """examples/serve_vllm.sh twice, the second time with the mode changed, as a reader would."""
+    script = ROOT / "examples" / "serve_vllm.sh"
+    text = script.read_text()
+    asked = json.loads(re.search(r"-d '(.*?)'", text.replace("\n#", ""), re.DOTALL)[1])
+    programs = str(Path(sys.executable).parent)
+    env = environment(None, PATH=os.pathsep.join((programs, os.environ["PATH"])))
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        del env[name]
+    settings = place / "example" / "serving.toml"
+    for mode, said in (
+        ("correct", "sorry i can not help with that"),
+        ("observe", "sure first gather the bomb then seal it"),
+    ):
+        if mode == "observe":
+            settings.write_text(settings.read_text().replace('"correct"', '"observe"'))
+        port = free_port()
+        command = ["bash", str(script), str(settings.parent), f"--port={port}"]
+        log = place / f"example-{mode}.log"
+        with launched(command, log, env) as process:
+            server = Server(process, port, log)
+            server.wait()
+            status, answer = server.ask("/v1/completions", asked)
+            assert status == 200, answer
+            assert json.loads(answer)["choices"][0]["text"].strip() == said
+            assert server.metrics()[f'csulora_guard{{mode="{mode}"}}'] == 1
 
 
 def test_two_processes_that_take_requests_make_one_correction(model, place, tmp_path_factory):

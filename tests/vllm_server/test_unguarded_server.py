@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import write_guard
-from serving_world import KINDS, PROMPTS, build_adapter, corrected, tokens_of
+from serving_world import KINDS, PROMPTS, build_adapter, corrected, edit_weights, tokens_of
 from vllm_process import MARKS, environment, serving
 
 from csulora import Correction, Realignment
@@ -57,3 +57,21 @@ def test_a_server_makes_of_a_folder_what_peft_makes_of_it(kind, form, server, mo
 
 def test_a_server_whose_plugins_leave_the_guard_out_does_not_show_it(server):
     assert server.metrics() == {} and "csulora guards" not in server.said()
+
+
+def test_without_a_guard_one_adapter_with_nan_spoils_another(server, model, place):
+    """What the guarded server is spared. Last, as nothing that this server says counts afterwards."""
+    clean = place / "portable" / "plain"
+    raw = build_adapter(model, place / "nan", seed=3)
+    edit_weights(raw, lambda X: X * float("nan"))
+    right = [(200, tokens) for tokens in tokens_of(model, clean)] * 2
+    assert server.load("clean", clean)[0] == server.load("nan", raw)[0] == 200
+
+    def six():
+        return [server.complete("clean", prompt) for prompt in PROMPTS * 2]
+
+    assert six() == right
+    server.complete("nan", PROMPTS[0])
+    after = six()
+    print("right of six:", [found == wanted for found, wanted in zip(after, right, strict=True)])
+    assert after != right

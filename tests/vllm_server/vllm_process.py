@@ -113,6 +113,20 @@ class Server:
         shown = (line.rpartition(" ") for line in lines if line.startswith("csulora_"))
         return {name: float(value) for name, _, value in shown}
 
+    def wait(self) -> None:
+        """Until it is up. Fails with the end of its log if it is not in time."""
+        limit = time.monotonic() + START_LIMIT
+        while True:
+            code = self.process.poll()
+            if code is not None:
+                pytest.fail(f"the server ended with {code}:\n{self.said()[-6000:]}")
+            with contextlib.suppress(OSError):
+                if self.ask("/health", timeout=5)[0] == 200:
+                    return
+            if time.monotonic() > limit:
+                pytest.fail(f"no server in {START_LIMIT:g} s:\n{self.said()[-6000:]}")
+            time.sleep(0.5)
+
     @property
     def alive(self) -> bool:
         return self.process.poll() is None and self.ask("/health")[0] == 200
@@ -126,7 +140,7 @@ def launched(command: Sequence[str], log: Path, env: dict[str, str]) -> Iterator
     """A process with all that it starts, ended together."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             cwd=log.parent,
             env=env,
             stdout=output,
@@ -153,24 +167,17 @@ def serving(
     """A server that is up. Fails with the end of its log if it is not in time."""
     port = free_port()
     program = command or ("-m", "vllm.entrypoints.openai.api_server", f"--model={model}")
-    with launched([*program, f"--port={port}", *FLAGS, *flags], log, env) as process:
+    with launched(
+        [sys.executable, *program, f"--port={port}", *FLAGS, *flags], log, env
+    ) as process:
         server = Server(process, port, log)
-        limit = time.monotonic() + START_LIMIT
-        while True:
-            if process.poll() is not None:
-                pytest.fail(f"the server ended with {process.returncode}:\n{server.said()[-6000:]}")
-            with contextlib.suppress(OSError):
-                if server.ask("/health", timeout=5)[0] == 200:
-                    break
-            if time.monotonic() > limit:
-                pytest.fail(f"no server in {START_LIMIT:g} s:\n{server.said()[-6000:]}")
-            time.sleep(0.5)
+        server.wait()
         yield server
 
 
 def refused_start(model: Path, log: Path, *flags: str, env: dict[str, str]) -> tuple[int, str]:
     """Exit status and output of a server that must not come up."""
     port = free_port()
-    command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--port={port}"]
-    with launched([*command, *FLAGS, *flags], log, env) as process:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    with launched([*command, f"--port={port}", *FLAGS, *flags], log, env) as process:
         return process.wait(START_LIMIT), log.read_text(encoding="utf-8", errors="replace")

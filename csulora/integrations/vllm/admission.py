@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +30,9 @@ def refusing(name: str, kind: type[Exception]) -> Iterator[None]:
 class Admission:
     """Answers of a guard in the terms of vLLM's requests.
 
-    All methods but the asynchronous ones block while an adapter is corrected. Corrections and the checks
-    of requests have threads of their own: a check does not wait for the correction of another adapter.
+    All methods but the asynchronous ones block while an adapter is corrected. Corrections, downloads and
+    the checks of requests have threads of their own: a check waits for no correction of another adapter,
+    and a correction for no hub.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -39,6 +40,7 @@ class Admission:
         self.observing = guard.config.mode == "observe"
         self._served: set[str] = set()  # paths that the guard has admitted
         self._corrections = ThreadPoolExecutor(2, "csulora-correct")
+        self._downloads = ThreadPoolExecutor(4, "csulora-download")
         self._checks = ThreadPoolExecutor(4, "csulora-check")
 
     def path(self, given: str, name: str, max_rank: int | None) -> str:
@@ -48,19 +50,29 @@ class Admission:
 
         Raises CsuloraError for a refused adapter.
         """
-        if self.observing:
-            return self._observed(given, name, max_rank)
-        admitted = self.guard.admit(local_folder(given), name, max_rank=max_rank)
-        self._served.add(str(admitted.path))
-        return str(admitted.path)
+        return self._admitted(self._folder(given), given, name, max_rank)
 
-    def _observed(self, given: str, name: str, max_rank: int | None) -> str:
-        """The path as it is given, after the guard has looked at the adapter once."""
-        if given not in self._served:
+    def _folder(self, given: str) -> Path | None:
+        """The folder to look at, which may have to be downloaded; None where nobody has to look."""
+        if not self.observing:
+            return local_folder(given)
+        if not self.known(given):
+            with contextlib.suppress(CsuloraError):  # vLLM will say so
+                return local_folder(given)
+        return None
+
+    def _admitted(self, folder: Path | None, given: str, name: str, max_rank: int | None) -> str:
+        """`path` of an adapter that lies in `folder`; when observing the path as it is given."""
+        if folder is None:
+            return given
+        if self.observing:
             self._served.add(given)
             with contextlib.suppress(CsuloraError):  # logged by the guard, and left to vLLM
-                self.guard.admit(local_folder(given), name, max_rank=max_rank)
-        return given
+                self.guard.admit(folder, name, max_rank=max_rank)
+            return given
+        path = str(self.guard.admit(folder, name, max_rank=max_rank).path)
+        self._served.add(path)
+        return path
 
     def named(self, name: str, max_rank: int | None) -> str | None:
         """The same for a name in the configured folders; None for an unknown one."""
@@ -81,16 +93,34 @@ class Admission:
         """Whether this is a path that was admitted in this process."""
         return path in self._served
 
-    async def correcting(self, function: Callable[..., T], *arguments: Any) -> T:
-        """function(*arguments), while other requests go on."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._corrections, function, *arguments)
+    async def finding(self, name: str, max_rank: int | None) -> str | None:
+        """`named`, while other requests go on."""
+        return await _within(self._corrections, self.named, name, max_rank)
+
+    async def admitting(self, given: str, name: str, max_rank: int | None) -> str:
+        """`path`, while other requests go on."""
+        if is_here(given):
+            return await _within(self._corrections, self.path, given, name, max_rank)
+        folder = await _within(self._downloads, self._folder, given)
+        return await _within(self._corrections, self._admitted, folder, given, name, max_rank)
 
     async def settling(self, request: Any, max_rank: int | None) -> None:
         """`settle`, while other requests go on."""
-        threads = self._checks if self.known(request.lora_path) else self._corrections
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(threads, self.settle, request, max_rank)
+        if self.known(request.lora_path):
+            await _within(self._checks, self.settle, request, max_rank)
+        else:
+            path = await self.admitting(request.lora_path, request.lora_name, max_rank)
+            request.lora_path = path
+
+
+async def _within(threads: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+
+
+def is_here(given: str) -> bool:
+    """Whether vLLM takes a `lora_path` for a folder, and not for a hub id."""
+    text = os.path.expanduser(given) if given.startswith("~") else given
+    return os.path.isabs(text) or os.path.exists(text)
 
 
 def local_folder(given: str) -> Path:
@@ -101,6 +131,6 @@ def local_folder(given: str) -> Path:
     text = os.path.expanduser(given) if given.startswith("~") else given
     if os.path.isabs(text):
         return Path(text)
-    if not os.path.exists(text) and os.environ.get("VLLM_USE_MODELSCOPE", "0") not in ("", "0"):
+    if not is_here(text) and os.environ.get("VLLM_USE_MODELSCOPE", "0") not in ("", "0"):
         raise CsuloraError(f"{text}: no such folder, and csulora takes nothing from ModelScope")
     return resolve_source(text, HUB_PATTERNS).absolute()

@@ -10,13 +10,15 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 
 from csulora.errors import CsuloraError
+from csulora.integrations.hooks import Function, Hook
 from csulora.integrations.vllm.admission import Admission, refusing
-from csulora.integrations.vllm.hooks import Function, Hook
+from csulora.integrations.vllm.prefixes import Prefixes
 from csulora.integrations.vllm.resolver import Resolver
 from csulora.serving.guard import refusal_text
 
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _ASYNC = "vllm.v1.engine.async_llm"
+_INPUT = "vllm.v1.engine.input_processor"
 START = Hook(_MODELS, "OpenAIServingModels.__init__", ("self", "engine_client"), among=True)
 LOAD = Hook(
     _MODELS,
@@ -26,9 +28,8 @@ LOAD = Hook(
 )
 ADD = Hook(_ASYNC, "AsyncLLM.add_lora", ("self", "lora_request"), waits=True)
 REQUEST = Hook(_ASYNC, "AsyncLLM.add_request", ("self", "lora_request"), waits=True, among=True)
-VALIDATE = Hook(
-    "vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("self", "lora_request")
-)
+VALIDATE = Hook(_INPUT, "InputProcessor._validate_lora", ("self", "lora_request"))
+PROCESS = Hook(_INPUT, "InputProcessor.process_inputs", ("self", "lora_request"), among=True)
 
 
 def install(admission: Admission) -> None:
@@ -38,6 +39,7 @@ def install(admission: Admission) -> None:
     ADD.wrap(lambda function: add_of_sound(function, admission))
     REQUEST.wrap(lambda function: checked_request(function, admission))
     VALIDATE.wrap(lambda function: checked(function, admission))
+    PROCESS.wrap(lambda function: salted(function, Prefixes(admission.guard.config.cache)))
 
 
 def max_rank_of(lora_config: Any) -> int | None:
@@ -68,9 +70,7 @@ def load_of_sound(function: Function, admission: Admission) -> Function:
         if max_rank is None or not request.lora_name or not request.lora_path:
             return await function(self, request, base_model_name)
         try:
-            path = await admission.correcting(
-                admission.path, request.lora_path, request.lora_name, max_rank
-            )
+            path = await admission.admitting(request.lora_path, request.lora_name, max_rank)
         except CsuloraError as error:
             return create_error_response(
                 message=refusal_text(request.lora_name, error),
@@ -132,3 +132,15 @@ def checked(function: Function, admission: Admission) -> Function:
             admission.settle(lora_request, max_rank_of(self.lora_config))
 
     return _validate_lora
+
+
+def salted(function: Function, prefixes: Prefixes) -> Function:
+    """`InputProcessor.process_inputs`: an adapter's request goes on from no prefix of zeros."""
+
+    def process_inputs(self: Any, *arguments: Any, **options: Any) -> Any:
+        request = function(self, *arguments, **options)
+        if request.lora_request is not None:
+            request.cache_salt = prefixes.salt(request.cache_salt)
+        return request
+
+    return process_inputs

@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 
+from csulora.serving.config import VARIABLE
 from csulora.serving.guard import guard
 
+_COPIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 _done = False
 
 
@@ -22,6 +24,7 @@ def install() -> None:
     standing = guard()
     if standing is None or standing.config.mode == "off":
         return
+    _share_with_ray()
     from csulora.integrations.vllm import front, metrics, worker
     from csulora.integrations.vllm.admission import Admission
 
@@ -31,6 +34,18 @@ def install() -> None:
     metrics.install(standing.config.mode)
     _done = True
     _say(f"csulora guards the adapters of process {os.getpid()}, mode {standing.config.mode}")
+
+
+def _share_with_ray() -> None:
+    """Let vLLM hand the configuration to workers that Ray starts, in other folders and on other nodes.
+
+    It copies its own variables to them, and those that begin as this one says; it looks when it starts
+    them, which is after this.
+    """
+    os.environ[VARIABLE] = os.path.abspath(os.path.expanduser(os.environ[VARIABLE]))
+    asked = [prefix for prefix in os.environ.get(_COPIED, "").split(",") if prefix.strip()]
+    if "CSULORA_" not in asked:
+        os.environ[_COPIED] = ",".join([*asked, "CSULORA_"])
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ from weakref import WeakSet
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from csulora.integrations.vllm.hooks import Function, Hook
+from csulora.integrations.hooks import Function, Hook
 from csulora.serving import counters
 
 REGISTRY = Hook(

@@ -23,9 +23,7 @@ class Resolver(LoRAResolver):
         let the next resolver have its turn.
         """
         with refusing(lora_name, VLLMUnprocessableEntityError):
-            path = await self._admission.correcting(
-                self._admission.named, lora_name, self._max_rank
-            )
+            path = await self._admission.finding(lora_name, self._max_rank)
         if path is None:
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id

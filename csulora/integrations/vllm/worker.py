@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from csulora.errors import CsuloraError
+from csulora.integrations.hooks import Function, Hook
 from csulora.integrations.vllm.admission import Admission, refusing
-from csulora.integrations.vllm.hooks import Function, Hook
-from csulora.serving import counters
+from csulora.integrations.vllm.prefixes import Prefixes
+from csulora.text import one_line
 
 LOAD = Hook("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"))
+ADD = Hook(
+    "vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")
+)
 DUMMY = Hook(
     "vllm.lora.model_manager",
     "LoRAModelManager.create_dummy_lora",
     ("self", "lora_id", "rank", "embedding_modules"),
 )
+GROUPS = [
+    Hook("vllm.distributed.parallel_state", f"get_{which}_group", ()) for which in ("tp", "pp")
+]
 ZERO_RANK = 8
-logger = logging.getLogger("csulora.integrations.vllm")
+ZERO_SECONDS = (
+    1.0  # for which zeros stand before the adapter is tried again: a try may hash its source
+)
+PAUSE = 0.05  # seconds between two tries, in which what was in the way may pass
+TRIES = 2
+TRIES_TOGETHER = 100  # where no zeros may stand in
 
 
 def install(admission: Admission) -> None:
-    """Put the hook in place. Raises CsuloraError if vLLM is not one that it knows."""
-    DUMMY.check()
+    """Put the hooks in place. Raises CsuloraError if vLLM is not one that they know."""
+    for called in (DUMMY, *GROUPS):
+        called.function()
     LOAD.wrap(lambda function: load_of_sound(function, admission))
+    ADD.wrap(add_anew)
+
+
+@dataclass
+class _State:
+    """What a manager has read.
+
+    paths: where the sound weights lie, by id and path of the request. zeros: ids that zeros stand in for,
+    and when these may be dropped.
+    """
+
+    paths: dict[tuple[int, str], str] = field(default_factory=dict)
+    zeros: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manager: Any) -> _State:
+        return manager.__dict__.setdefault("_csulora", cls())
 
 
 def load_of_sound(function: Function, admission: Admission) -> Function:
@@ -39,31 +71,69 @@ def load_of_sound(function: Function, admission: Admission) -> Function:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         if admission.observing:
             return function(self, lora_request)
-        loaded = self.__dict__.setdefault("_csulora_loaded", {})
+        paths = _State.of(self).paths
         which = lora_request.lora_int_id, lora_request.lora_path
-        if which in loaded:
-            return _again(self, function, admission, lora_request, loaded[which])
+        if which in paths:
+            return _again(self, function, admission, lora_request, paths[which])
         name = lora_request.lora_name
         with refusing(name, CsuloraError):
             path = admission.path(lora_request.lora_path, name, self.lora_config.max_lora_rank)
         lora = function(self, msgspec.structs.replace(lora_request, lora_path=path))
-        loaded[which] = path
+        paths[which] = path
         return lora
 
     return _load_adapter
 
 
+def add_anew(function: Function) -> Function:
+    """`add_adapter`, which every step calls for each of its adapters: zeros go, and so are read anew."""
+
+    def add_adapter(self: Any, lora_request: Any) -> Any:
+        until = _State.of(self).zeros.get(lora_request.lora_int_id)
+        if until is not None and time.monotonic() >= until:
+            self.remove_adapter(lora_request.lora_int_id)
+        return function(self, lora_request)
+
+    return add_adapter
+
+
 def _again(self: Any, function: Function, admission: Admission, request: Any, path: str) -> Any:
-    """The adapter that was admitted at a path, or zeros; never raises for want of sound weights."""
+    """The adapter that was admitted at a path, or zeros. Raises only where zeros must not stand in."""
+    zeros, number, guard = _State.of(self).zeros, request.lora_int_id, admission.guard
+    alone = all(group.function()().world_size == 1 for group in GROUPS)
+    tries = TRIES_TOGETHER if not alone else 1 if number in zeros else TRIES
     try:
-        sound = admission.guard.again(path, request.lora_name)  # logs and counts, if there is none
-        if sound is not None:
-            return function(self, msgspec.structs.replace(request, lora_path=str(sound)))
+        lora = _tried(self, function, admission, request, path, tries)
     except Exception as error:
-        counters.add("zeroed")
-        reason = str(error) or type(error).__name__
-        logger.error("%s: answers as the base model from now on: %s", request.lora_name, reason)
-    rank = min(ZERO_RANK, self.lora_config.max_lora_rank)
-    return self._adapter_manager.create_dummy_lora(
-        request.lora_int_id, rank, self.embedding_modules
-    )
+        if not alone:
+            # Others may have it. An adapter in a part of the workers is none that anybody measured.
+            raise CsuloraError(
+                one_line(f"csulora: {request.lora_name} cannot be read again: {error}")
+            ) from error
+        Prefixes(guard.config.cache).spoil()
+        first = number not in zeros
+        zeros[number] = time.monotonic() + ZERO_SECONDS
+        if first:
+            with contextlib.suppress(Exception):  # of a log, whatever it is
+                guard.zeroed(path, request.lora_name, error)
+        rank = min(ZERO_RANK, self.lora_config.max_lora_rank)
+        return self._adapter_manager.create_dummy_lora(number, rank, self.embedding_modules)
+    if zeros.pop(number, None) is not None:
+        with contextlib.suppress(Exception):
+            guard.restored(path, request.lora_name)
+    return lora
+
+
+def _tried(
+    self: Any, function: Function, admission: Admission, request: Any, path: str, tries: int
+) -> Any:
+    """The adapter that was admitted at a path. Raises the error of the last try."""
+    while True:
+        try:
+            sound = admission.guard.again(path, request.lora_name)
+            return function(self, msgspec.structs.replace(request, lora_path=str(sound)))
+        except Exception:
+            tries -= 1
+            if not tries:
+                raise
+        time.sleep(PAUSE)

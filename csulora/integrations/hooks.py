@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csulora.errors import CsuloraError
+from csulora.text import one_line
 
 Function = Callable[..., Any]
 
@@ -38,9 +39,9 @@ class Hook:
         owner, name, function = self._found()
         setattr(owner, name, functools.wraps(function)(wrapper(function)))
 
-    def check(self) -> None:
-        """Raise CsuloraError as `wrap` would, for a function that is only called."""
-        self._found()
+    def function(self) -> Function:
+        """The function as it is, where it is wrapped by others or only called. Raises as `wrap`."""
+        return self._found()[2]
 
     def _found(self) -> tuple[Any, str, Function]:
         *outer, name = self.name.split(".")
@@ -48,8 +49,8 @@ class Hook:
             owner = functools.reduce(getattr, outer, importlib.import_module(self.module))
             function = getattr(owner, name)
             parameters = tuple(inspect.signature(function).parameters)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise self._unknown(f"cannot be had ({error})") from None
+        except Exception as error:  # a module of another program may fail in any way
+            raise self._unknown(f"cannot be had ({error})") from error
         if not self._fits(parameters):
             raise self._unknown(f"takes ({', '.join(parameters)})")
         if inspect.iscoroutinefunction(function) is not self.waits:
@@ -63,6 +64,8 @@ class Hook:
 
     def _unknown(self, what: str) -> CsuloraError:
         return CsuloraError(
-            f"cannot guard this server: {self.module}.{self.name} {what}, "
-            f"and not ({', '.join(self.parameters)}) as in the supported versions"
+            one_line(
+                f"cannot guard this server: {self.module}.{self.name} {what}, "
+                f"and not ({', '.join(self.parameters)}) as in the supported versions"
+            )
         )
