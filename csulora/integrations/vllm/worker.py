@@ -13,7 +13,6 @@ from csulora.errors import CsuloraError
 from csulora.integrations.hooks import Function, Hook
 from csulora.integrations.vllm.admission import Admission, refusing
 from csulora.integrations.vllm.prefixes import Prefixes
-from csulora.text import one_line
 
 LOAD = Hook("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"))
 ADD = Hook(
@@ -28,12 +27,11 @@ GROUPS = [
     Hook("vllm.distributed.parallel_state", f"get_{which}_group", ()) for which in ("tp", "pp")
 ]
 ZERO_RANK = 8
-ZERO_SECONDS = (
-    1.0  # for which zeros stand before the adapter is tried again: a try may hash its source
-)
+# Seconds for which zeros stand before the adapter is tried again: a try may hash its source.
+ZERO_SECONDS = 1.0
 PAUSE = 0.05  # seconds between two tries, in which what was in the way may pass
 TRIES = 2
-TRIES_TOGETHER = 100  # where no zeros may stand in
+TRIES_TOGETHER = 40  # where zeros would stand for a part of the adapter
 
 
 def install(admission: Admission) -> None:
@@ -98,18 +96,18 @@ def add_anew(function: Function) -> Function:
 
 
 def _again(self: Any, function: Function, admission: Admission, request: Any, path: str) -> Any:
-    """The adapter that was admitted at a path, or zeros. Raises only where zeros must not stand in."""
+    """The adapter that was admitted at a path, or zeros; never raises for want of sound weights.
+
+    Workers that share a model read each for itself, and know nothing of each other: others may have
+    the adapter where this one has zeros. So one that is not alone tries longer.
+    """
     zeros, number, guard = _State.of(self).zeros, request.lora_int_id, admission.guard
     alone = all(group.function()().world_size == 1 for group in GROUPS)
-    tries = TRIES_TOGETHER if not alone else 1 if number in zeros else TRIES
+    patience = TRIES if alone else TRIES_TOGETHER
+    tries = 1 if number in zeros else patience
     try:
         lora = _tried(self, function, admission, request, path, tries)
     except Exception as error:
-        if not alone:
-            # Others may have it. An adapter in a part of the workers is none that anybody measured.
-            raise CsuloraError(
-                one_line(f"csulora: {request.lora_name} cannot be read again: {error}")
-            ) from error
         Prefixes(guard.config.cache).spoil()
         first = number not in zeros
         zeros[number] = time.monotonic() + ZERO_SECONDS
