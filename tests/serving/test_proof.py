@@ -311,3 +311,24 @@ def test_the_copy_is_what_is_proven(place, monkeypatch, name):
     else:
         assert refused(g, folder).reason == ("unproven" if name == REPORT else "changed")
         assert place.entries() == [] and place.leftovers() == []
+
+
+def test_the_report_that_counts_is_the_one_that_was_copied(place, monkeypatch):
+    """One that speaks of the server's settings is there first, and the true one when it is copied."""
+    source = place.adapter()
+    folder, strong = weaker(place, source), corrected(place, source, "strong")
+    true = place.root / "true.json"
+    shutil.copy(folder / REPORT, true)
+    output = csulora.files.json.read_json(true)["output"]
+    shutil.copy(strong / REPORT, folder / REPORT)
+    builders.edit_json(folder / REPORT, output=output)
+    g = place.guard()
+    real = csulora.serving.proof.copy_file
+
+    def swapping(path, target, **options):
+        return real(true if path.name == REPORT else path, target, **options)
+
+    monkeypatch.setattr("csulora.serving.proof.copy_file", swapping)
+    error = refused(g, folder)
+    assert error.reason == "unproven" and "with other settings" in str(error)
+    assert place.entries() == [] and place.leftovers() == []
