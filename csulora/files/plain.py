@@ -96,6 +96,13 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bo
         sync(file, mode, durable=durable)
 
 
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """Write to a file without a buffer, which may take a part at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
 def copy_file(source: Path, destination: Path, *, durable: bool = True) -> None:
     """Copy a file's contents and permission bits (not its links or owner) and fsync the copy.
 
@@ -180,5 +187,4 @@ def _copy_span(path: Path, reader: FileIO, writer: FileIO, begin: int, end: int)
         if not piece:
             raise changed(path)
         begin += len(piece)
-        while piece:
-            piece = piece[writer.write(piece) :]
+        write_all(writer, piece)

@@ -157,9 +157,10 @@ def _as_it_is(member: Member, pair: Pair, A: Tensor) -> bool:
 
 def _has_nothing_to_realign(member: Member) -> bool:
     """Whether the noise edge leaves a module out that has directions."""
-    correction, (S, edge, _) = member.correction, member.spectrum
+    correction = member.correction
     if not isinstance(correction, Realignment) or correction.is_identity:
         return False
+    S, edge, _ = member.spectrum
     return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 
