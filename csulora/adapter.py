@@ -74,6 +74,8 @@ class LoraModule:
 
     def detached(self) -> LoraModule:
         """The same without gradients, for factors that are parameters of a model."""
+        if not (self.A.requires_grad or self.B.requires_grad):
+            return self
         return replace(self, A=self.A.detach(), B=self.B.detach())
 
     def portable(self, rank: int) -> LoraModule:
