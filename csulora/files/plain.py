@@ -91,8 +91,8 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bo
 
     durable: without it there is no fsync, for what is checked before it is used.
     """
-    with open(path, "wb") as file:
-        file.write(data)
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, data)
         sync(file, mode, durable=durable)
 
 
