@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,22 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
+
+
+def joined(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes, small chunks joined: whatever hashes or writes a piece lets other threads run."""
+    small: list[bytes | memoryview] = []
+    size = 0
+    for chunk in chunks:
+        if size + len(chunk) > PIECE:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(chunk) > PIECE:
+            yield chunk
+            continue
+        small.append(chunk)
+        size += len(chunk)
+    yield b"".join(small)
 
 
 def copy_file(source: Path, destination: Path, *, durable: bool = True) -> None:

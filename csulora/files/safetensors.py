@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from csulora.files.plain import (
     PIECE,
     changed,
     hash_rest,
+    joined,
     open_regular,
     reading,
     stamp,
@@ -256,27 +257,11 @@ def write_safetensors(
     """
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for piece in _pieces(safetensors_chunks(tensors, metadata)):
+        for piece in joined(safetensors_chunks(tensors, metadata)):
             digest.update(piece)
             write_all(file, piece)
         sync(file, mode, durable=durable)
     return digest.hexdigest()
-
-
-def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """The same bytes, small chunks joined: whatever hashes or writes a piece lets other threads run."""
-    small: list[bytes | memoryview] = []
-    size = 0
-    for chunk in chunks:
-        if size + len(chunk) > PIECE:
-            yield b"".join(small)
-            small, size = [], 0
-        if len(chunk) > PIECE:
-            yield chunk
-            continue
-        small.append(chunk)
-        size += len(chunk)
-    yield b"".join(small)
 
 
 def _exactly(path: Path, file: FileIO, size: int, digest: Any) -> bytearray:
