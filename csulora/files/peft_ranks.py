@@ -104,13 +104,13 @@ def rescaled(
     Raises CsuloraError where no configuration can say so.
     """
     rules = Rules(where, config)
+    if not (rules.rank.values or rules.alpha.values) and all(
+        ranks[m] == rules.rank.default and _same(alphas[m], rules.alpha.default) for m in ranks
+    ):
+        return {}  # one rank and alpha for all, and what they have
     old = {m: _rank_before(rules, m, (before or ranks)[m]) for m in ranks}
     names = {m: [name for name in rules.names(m) if rules.rank(name) == old[m]] for m in ranks}
     special = {name: (rules.rank(name), rules.alpha(name)) for n in kept for name in _moved(n)}
-    if old == ranks and all(
-        _gives(rules.rank, rules.alpha, names[m], ranks[m], alphas[m]) for m in ranks
-    ):
-        return {}
     rank, alpha = _scaled(rules, Counter((ranks[m], old[m]) for m in ranks))
     usual = set()
     for m in ranks:
