@@ -1,7 +1,7 @@
 """Batch runs beside plain copying and the bare arithmetic, in one run.
 
     python bench/batch.py disk [--count 200] [--rounds 3]     llama-3.2-1b shapes, disk to disk
-    python bench/batch.py small [--count 20000]               small adapters: processor time, memory, resume
+    python bench/batch.py small [--count 20000]               small ones: processor time, memory, resume
     python bench/batch.py journal [--count 2000]              what the journal costs
     python bench/batch.py ray [--count 200]                   two Ray workers beside the local engine
 

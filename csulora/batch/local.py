@@ -160,9 +160,11 @@ class LocalEngine:
         """What to correct in one go: all that is read by now, up to its share of the budget."""
         entry = self._loaded.get()
         group: list[tuple[int, Loaded]] = []
+        size = 0
         while entry is not None:
             group.append(entry)
-            if sum(loaded.size for _, loaded in group) >= self._group_bytes:
+            size += entry[1].size
+            if size + entry[1].size > self._group_bytes:  # another like it would not fit
                 return group
             try:
                 entry = self._loaded.get_nowait()
