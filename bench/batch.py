@@ -1,7 +1,7 @@
 """Batch runs beside plain copying and the bare arithmetic, in one run.
 
     python bench/batch.py disk [--count 200] [--rounds 3]     llama-3.2-1b shapes, disk to disk
-    python bench/batch.py small [--count 20000]               memory and resume on small adapters
+    python bench/batch.py small [--count 20000]               small ones: processor time, memory, resume
     python bench/batch.py journal [--count 2000]              what the journal costs
     python bench/batch.py ray [--count 200]                   two Ray workers beside the local engine
 
@@ -12,6 +12,7 @@ work is timed in turn, round by round; ratios are medians over rounds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from cpu import environment, products, seconds
@@ -33,6 +35,7 @@ from csulora.batch.journal import Journal
 from csulora.batch.summary import Summary
 
 CORES = len(os.sched_getaffinity(0))
+OUTPUT = ("adapter_model.safetensors", "adapter_config.json", "csulora_report.json")
 DIFFERENT = 8  # adapters that are generated; the others are copies, each a file of its own
 
 
@@ -149,24 +152,75 @@ def disk(place: Path, count: int, rounds: int) -> dict:
     }
 
 
-PEAK = """
+USED = """
 import resource, sys, torch
 from csulora.cli import main
 assert main(sys.argv[1:]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 
-def command(*arguments: object) -> tuple[float, float]:
-    """Seconds and peak megabytes of `csulora correct` in a process of its own."""
+class Used(NamedTuple):
+    """What `csulora correct` took in a process of its own."""
+
+    seconds: float
+    processor: float  # seconds
+    peak: float  # megabytes
+
+
+def command(*arguments: object) -> Used:
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, "correct", *map(str, arguments)],
+        [sys.executable, "-c", USED, "correct", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
     )
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024
+    processor, peak = done.stdout.split()[-2:]
+    return Used(time.perf_counter() - start, float(processor), int(peak) / 1024)
+
+
+def floors(source: Path, out: Path, subspace: SafetySubspace, times: int = 300) -> dict:
+    """Processor milliseconds of what no run can avoid for one small adapter, each on its own.
+
+    Reading and hashing its two files, the products of its modules, and making the three files of its
+    output whole and durable: five fsyncs, two folders, a rename.
+    """
+    adapter = LoraAdapter.load(source)
+    contents = {file: (out / file).read_bytes() for file in OUTPUT}
+    place = out.parent / "floor"
+    place.mkdir()
+
+    def sync(path: Path, flags: int, data: bytes = b"") -> None:
+        descriptor = os.open(path, flags, 0o600)
+        if data:
+            hashlib.sha256(data)
+            os.write(descriptor, data)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def read() -> None:
+        for file in OUTPUT[:2]:
+            hashlib.sha256((source / file).read_bytes())
+
+    def write() -> None:
+        folder = place / "new"
+        folder.mkdir()
+        for file, data in contents.items():
+            sync(folder / file, os.O_WRONLY | os.O_CREAT, data)
+        sync(folder, os.O_RDONLY)
+        folder.rename(place / str(time.perf_counter_ns()))
+        sync(place, os.O_RDONLY)
+
+    found = {}
+    for name, work in (("read", read), ("products", products(adapter, subspace)), ("write", write)):
+        start = time.process_time()
+        for _ in range(times):
+            work()
+        found[name] = 1e3 * (time.process_time() - start) / times
+    shutil.rmtree(place)
+    return found
 
 
 def small(place: Path, count: int, _: int) -> dict:
@@ -177,18 +231,22 @@ def small(place: Path, count: int, _: int) -> dict:
         shutil.copytree(source / folder, few / folder)
     options = ("--subspace", file, "--out-dir")
     time.sleep(3)  # sources that changed a moment ago are looked at twice
-    _, peak_few = command(few, *options, place / "out-few")
-    run, peak_all = command(source, *options, place / "out")
-    resume, peak_resume = command(source, *options, place / "out", "--resume")
+    started = command(find_first(source), *options, place / "out-one")  # what a run takes anyway
+    first = command(few, *options, place / "out-few")
+    run = command(source, *options, place / "out")
+    resume = command(source, *options, place / "out", "--resume")
+    one = find_first(place / "out")
     return {
         "adapters": count,
-        "run_s": run,
-        "ms_per_adapter": 1e3 * run / count,
-        "peak_mb_200": peak_few,
-        "peak_mb_all": peak_all,
-        "peak_ratio": peak_all / peak_few,
-        "resume_s": resume,
-        "peak_mb_resume": peak_resume,
+        "run_s": run.seconds,
+        "ms_per_adapter": 1e3 * run.seconds / count,
+        "processor_ms_per_adapter": 1e3 * (run.processor - started.processor) / (count - 1),
+        "floor_ms": floors(find_first(source), one, SafetySubspace.load(file)),
+        "peak_mb_200": first.peak,
+        "peak_mb_all": run.peak,
+        "peak_ratio": run.peak / first.peak,
+        "resume_s": resume.seconds,
+        "peak_mb_resume": resume.peak,
     }
 
 

@@ -74,6 +74,8 @@ class LoraModule:
 
     def detached(self) -> LoraModule:
         """The same without gradients, for factors that are parameters of a model."""
+        if not (self.A.requires_grad or self.B.requires_grad):
+            return self
         return replace(self, A=self.A.detach(), B=self.B.detach())
 
     def portable(self, rank: int) -> LoraModule:
@@ -235,8 +237,12 @@ class LoraAdapter:
         Biases are mentioned where there are some. before: the ranks that the modules had under `config`,
         where it is that of another adapter. Raises CsuloraError where no configuration can say it.
         """
+        return copy.deepcopy(self._corrected_config(before))
+
+    def _corrected_config(self, before: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """`written_config` that shares its parts with `config`."""
         return peft_config.corrected_config(
-            copy.deepcopy(self.config),
+            self.config,
             {name: module.rank for name, module in self.modules.items()},
             {name: module.alpha for name, module in self.modules.items()},
             self.passed_through,
@@ -291,7 +297,7 @@ def write_folder(
                 left_out = copy_companions(origin, temporary, adapter.nbytes, OWN, durable=durable)
             if mode is None:
                 mode, config_mode = mode_of(origin / WEIGHTS), mode_of(origin / peft_config.FILE)
-        config = json_bytes(adapter.written_config())
+        config = json_bytes(adapter._corrected_config())
         metadata = metadata_of(adapter.made)
         digest = write_safetensors(
             temporary / WEIGHTS, adapter.tensors(), metadata, mode=mode, durable=durable

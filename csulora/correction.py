@@ -124,8 +124,9 @@ def decompose_each(
     """`decompose` for several settings, for the price of one pass over the factors."""
     plans = [Plan.of(adapter, subspace, correction) for correction in corrections]
     # Projections do not depend on the strengths.
-    stacks = by_torch.project_members(plans[0].members, pick_device(device)) if plans else []
-    return [report_of(plan, by_torch.solve_stacks(plan, stacks)) for plan in plans]
+    members = [plans[0].members] if plans else []
+    stacks = by_torch.project_members(members, pick_device(device))
+    return [report_of(plan, *by_torch.solve_stacks([plan], stacks)) for plan in plans]
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

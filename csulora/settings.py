@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from csulora.errors import CsuloraError, UsageError
@@ -153,7 +154,7 @@ class Correction(_Settings):
         """(lambda_aligned, lambda_left, lambda_right, lambda_off)."""
         return self.lambda_aligned, self.lambda_left, self.lambda_right, self.lambda_off
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """All strengths are 0: the correction returns the adapter itself."""
         return not any((*self.strengths, *self.strength_for.values(), self.budget))
@@ -239,7 +240,7 @@ class Realignment(_Settings):
             return self.target
         return 1.0 if self.form == "same" else 0.5
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """All strengths are 0: the method returns the adapter itself."""
         return not any((self.strength, *self.strength_for.values(), self.budget))

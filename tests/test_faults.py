@@ -79,7 +79,7 @@ def everything(faults):
             yield
             faults.at = 0
             if not faults.name:
-                assert number > 30, "the run was not watched"
+                assert number > 20, "the run was not watched"
                 return
 
 

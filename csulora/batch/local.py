@@ -18,6 +18,7 @@ from csulora.batch.call import Done, Run
 from csulora.batch.sources import Item
 from csulora.batch.steps import Gate, Job, Loaded, Ready
 from csulora.pipeline.backend import pick_device
+from csulora.pipeline.by_torch import TOGETHER
 from csulora.subspace import SafetySubspace
 
 READERS = 2
@@ -42,8 +43,10 @@ class LocalEngine:
         self._ready: Queue[tuple[int, Ready] | None] = Queue(QUEUE)
         self._done: SimpleQueue[Done | BaseException | None] = SimpleQueue()
         on_gpu = pick_device(run.call.recipe.device).type == "cuda"
-        # A third of the budget on the GPU, a third being read, a third being written.
-        self._group_bytes = run.call.batch_bytes // HELD if on_gpu else 0
+        # A third of the budget on the GPU, a third being read, a third being written; and no more than
+        # that where small ones are solved together.
+        share = run.call.batch_bytes // HELD
+        self._group_bytes = share if on_gpu else min(TOGETHER, share)
         self._threads = [
             *self._stage(READERS, self._read, lambda: _put(self._loaded, None, run.call.jobs)),
             *self._stage(run.call.jobs, self._correct, lambda: _put(self._ready, None, WRITERS)),
@@ -157,9 +160,11 @@ class LocalEngine:
         """What to correct in one go: all that is read by now, up to its share of the budget."""
         entry = self._loaded.get()
         group: list[tuple[int, Loaded]] = []
+        size = 0
         while entry is not None:
             group.append(entry)
-            if sum(loaded.size for _, loaded in group) >= self._group_bytes:
+            size += entry[1].size
+            if size + entry[1].size > self._group_bytes:  # another like it would not fit
                 return group
             try:
                 entry = self._loaded.get_nowait()

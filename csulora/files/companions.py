@@ -68,7 +68,7 @@ def _other_files(
             relative = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False) and not _stays(entry):
                 folders.append(relative)
-            elif os.path.isdir(entry.path):
+            elif entry.is_dir():
                 left_out.append(relative)
             elif relative not in apart:
                 if entry.name.startswith("adapter_model.") or _TRAINING.fullmatch(entry.name):

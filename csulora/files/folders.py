@@ -254,6 +254,8 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or "\\" in name:
         raise CsuloraError(f"{source}: entry {name!r} points outside its folder; refused")
     path = folder / name
+    if len(parts) == 1 and not path.is_symlink():
+        return path  # lies in the folder, wherever that is
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     caches = [parent.parent for parent in root.parents if parent.name == "snapshots"]
     allowed = [root, *(cache / "blobs" for cache in caches)]

@@ -37,6 +37,7 @@ class Rules:
         self.alpha = Pattern(where, "alpha_pattern", alphas, config["lora_alpha"])
         self.rslora = bool(config.get("use_rslora"))
         self._parameters = [str(name) for name in config.get("target_parameters") or ()]
+        self._names: dict[str, list[str]] = {}  # what `names` found
 
     def parameters(self, module: str) -> list[str]:
         """Names by which PEFT knows a pair of this module, where it belongs to `target_parameters`."""
@@ -52,8 +53,11 @@ class Rules:
 
     def names(self, module: str) -> list[str]:
         """What PEFT may call a linear layer when it looks it up: first its name in the file."""
-        weights = [name for name in self.parameters(module) if name.endswith(".weight")]
-        return [*_moved(module), *dict.fromkeys(weights)]
+        found = self._names.get(module)
+        if found is None:
+            weights = [name for name in self.parameters(module) if name.endswith(".weight")]
+            found = self._names[module] = [*_moved(module), *dict.fromkeys(weights)]
+        return found
 
     def alphas(self, module: str, rank: int) -> list[float]:
         """The different alphas under the names that have this rank; none where the rank is wrong."""
@@ -100,10 +104,14 @@ def rescaled(
     Raises CsuloraError where no configuration can say so.
     """
     rules = Rules(where, config)
+    if not (rules.rank.values or rules.alpha.values) and all(
+        ranks[m] == rules.rank.default and _same(alphas[m], rules.alpha.default) for m in ranks
+    ):
+        return {}  # one rank and alpha for all, and what they have
     old = {m: _rank_before(rules, m, (before or ranks)[m]) for m in ranks}
-    rank, alpha = _scaled(rules, Counter((ranks[m], old[m]) for m in ranks))
     names = {m: [name for name in rules.names(m) if rules.rank(name) == old[m]] for m in ranks}
     special = {name: (rules.rank(name), rules.alpha(name)) for n in kept for name in _moved(n)}
+    rank, alpha = _scaled(rules, Counter((ranks[m], old[m]) for m in ranks))
     usual = set()
     for m in ranks:
         if _gives(rank, alpha, names[m], ranks[m], alphas[m]):

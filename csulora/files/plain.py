@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,32 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bo
 
     durable: without it there is no fsync, for what is checked before it is used.
     """
-    with open(path, "wb") as file:
-        file.write(data)
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, data)
         sync(file, mode, durable=durable)
+
+
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """Write to a file without a buffer, which may take a part at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def joined(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes, small chunks joined: whatever hashes or writes a piece lets other threads run."""
+    small: list[bytes | memoryview] = []
+    size = 0
+    for chunk in chunks:
+        if size + len(chunk) > PIECE:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(chunk) > PIECE:
+            yield chunk
+            continue
+        small.append(chunk)
+        size += len(chunk)
+    yield b"".join(small)
 
 
 def copy_file(
@@ -182,5 +205,4 @@ def _copy_span(path: Path, reader: FileIO, writer: FileIO, begin: int, end: int)
         if not piece:
             raise changed(path)
         begin += len(piece)
-        while piece:
-            piece = piece[writer.write(piece) :]
+        write_all(writer, piece)

@@ -26,7 +26,17 @@ from torch import Tensor
 from csulora.errors import CsuloraError
 from csulora.files.json import load_json
 from csulora.files.memory import room
-from csulora.files.plain import PIECE, changed, hash_rest, open_regular, reading, stamp, sync
+from csulora.files.plain import (
+    PIECE,
+    changed,
+    hash_rest,
+    joined,
+    open_regular,
+    reading,
+    stamp,
+    sync,
+    write_all,
+)
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -257,10 +267,10 @@ def write_safetensors(
     mode, durable: as in `csulora.files.plain.write_bytes`.
     """
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for chunk in safetensors_chunks(tensors, metadata):
-            digest.update(chunk)
-            file.write(chunk)
+    with open(path, "wb", buffering=0) as file:
+        for piece in joined(safetensors_chunks(tensors, metadata)):
+            digest.update(piece)
+            write_all(file, piece)
         sync(file, mode, durable=durable)
     return digest.hexdigest()
 

@@ -57,6 +57,11 @@ class Shift(NamedTuple):
         parts = ([None] * n if X is None else X.unbind() for X in self)
         return [Shift(*row) for row in zip(*parts, strict=True)]
 
+    def of(self, rows: slice) -> Shift:
+        """That of some modules of a stack."""
+        Y, c, diagonal = self
+        return Shift(Y[rows], None if c is None else c[rows], diagonal[rows])
+
 
 def noise_edge(S: Tensor, energy_share: float, d_out: int, d_in: int) -> float:
     """The largest singular value that random noise of the size of D's remainder would have.
@@ -140,23 +145,23 @@ def recompose(
     shift: Shift,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The realigned factors of one module: B itself and A' (r, d_in), or B' (d_out, r + k) and A'.
+    """The realigned factors: B itself and A' (..., r, d_in), or B' (..., d_out, r + k) and A'.
 
     Computes in the dtype of U; B and A may be of a lower precision. `out` is memory in the dtype of U
     for what is computed: all but the B of `same`.
     """
-    dtype, r = U.dtype, A.shape[0]
-    r_new = r if shift.c is None else r + V.shape[1]
-    A_new = A.new_empty((r_new, A.shape[1]), dtype=dtype) if out is None else out[1]
+    dtype, r = U.dtype, A.shape[-2]
+    r_new = r if shift.c is None else r + V.shape[-1]
+    A_new = A.new_empty((*A.shape[:-2], r_new, A.shape[-1]), dtype=dtype) if out is None else out[1]
     # The product as (d_in, r), the faster of the two ways.
-    torch.mm(V, shift.Y.mT.to(dtype), out=A_new[:r].mT)
-    A_new[:r] += A
+    torch.matmul(V, shift.Y.mT.to(dtype), out=A_new[..., :r, :].mT)
+    A_new[..., :r, :] += A
     if shift.c is None:
         return B, A_new
-    A_new[r:] = V.mT
-    B_new = B.new_empty((B.shape[0], r_new), dtype=dtype) if out is None else out[0]
-    B_new[:, :r] = B
-    torch.mul(U, shift.c.to(dtype), out=B_new[:, r:])
+    A_new[..., r:, :] = V.mT
+    B_new = B.new_empty((*B.shape[:-1], r_new), dtype=dtype) if out is None else out[0]
+    B_new[..., :r] = B
+    torch.mul(U, shift.c.to(dtype)[..., None, :], out=B_new[..., r:])
     return B_new, A_new
 
 

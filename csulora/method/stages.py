@@ -42,6 +42,10 @@ class Projection(NamedTuple):
         """Those of the single modules of a stack."""
         return [Projection(*parts) for parts in zip(*(X.unbind() for X in self), strict=True)]
 
+    def of(self, rows: slice | list[int]) -> Projection:
+        """Those of some modules of a stack."""
+        return Projection(*(X[rows] for X in self))
+
 
 class Cores(NamedTuple):
     """The r x r matrices of the result. The corrected update is s B' A' with
@@ -62,6 +66,13 @@ class Cores(NamedTuple):
         n = self.Y_in.shape[0]
         parts = ([None] * n if X is None else X.unbind() for X in self)
         return [Cores(*row) for row in zip(*parts, strict=True)]
+
+    def of(self, rows: slice) -> Cores:
+        """Those of some modules of a stack."""
+        X_in, X_out, Y_in, Y_out = self
+        if X_in is None or X_out is None:
+            return Cores(None, None, Y_in[rows], Y_out[rows])
+        return Cores(X_in[rows], X_out[rows], Y_in[rows], Y_out[rows])
 
 
 class Figures(NamedTuple):

@@ -1,8 +1,9 @@
-"""The PyTorch backend: modules of equal ranks are solved together, and recomposed one by one."""
+"""The PyTorch backend: modules of equal ranks are solved together, those of small adapters at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,104 +23,248 @@ from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
 from csulora.settings import Correction, Method
 
+# Adapters of as many bytes together are solved as one: what small ones cost is the calls, not the
+# arithmetic. Larger ones gain nothing, and their modules are best used one by one, while in the cache.
+TOGETHER = 1 << 20
+# Matrices of multiples of so many numbers begin at whole cache lines wherever they stand in a stack. The
+# last bits of a product may depend on where a matrix begins, but no result on what came together with it.
+LINE = 16
+
+
+class Block(NamedTuple):
+    """The members of one module: that of a large adapter, or those of g small ones.
+
+    Tensors of a large adapter have no leading dimension, those of small ones have it even for one.
+    """
+
+    positions: list[int]  # among all members
+    B: Tensor  # (g, d_out, r) float32, on the device, converted once for both passes over it
+    A: Tensor  # (g, r, d_in)
+    U: Tensor  # (g, d_out, k)
+    V: Tensor  # (g, d_in, k)
+
+    def project(self) -> Projection:
+        return project(self.B, self.A, self.U, self.V)
+
 
 class Stack(NamedTuple):
-    """Members of one rank and one subspace rank, projected."""
+    """Members of one rank and one subspace rank, projected, in the order of their blocks."""
 
-    positions: list[int]  # of the n members in the plan
-    factors: list[Pair]  # float32, on the device, converted once for both passes over them
+    blocks: list[Block]
     projection: Projection  # (n, ...)
     squares_fit: Tensor  # (n) bool, whether float32 holds the squares of the factors
 
-    def take(self, rows: list[int]) -> Stack:
-        """Some of them."""
-        return Stack(
-            [self.positions[row] for row in rows],
-            [self.factors[row] for row in rows],
-            Projection(*(X[rows] for X in self.projection)),
-            self.squares_fit[rows],
+    @property
+    def positions(self) -> list[int]:
+        return [i for block in self.blocks for i in block.positions]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The rows of each block, from and to."""
+        return _spans(block.positions for block in self.blocks)
+
+    def take(self, which: list[int]) -> Stack:
+        """Some of the blocks."""
+        spans = self.spans()
+        rows = [row for b in which for row in range(*spans[b])]
+        blocks = [self.blocks[b] for b in which]
+        return Stack(blocks, self.projection.of(rows), self.squares_fit[rows])
+
+
+class Part:
+    """A block that has been solved."""
+
+    def __init__(self, block: Block, projection: Projection, cores: Cores | Shift) -> None:
+        self._block, self._projection, self._cores = block, projection, cores
+        self.positions = block.positions
+        self._made: Pair | None = None
+
+    def factors(self, row: int, member: Member, into: Pair | None) -> Pair:
+        """The new factors of one member; those of small adapters are made all at once, and kept."""
+        if self._block.B.dim() == 2:
+            return self._recompose(into)
+        self._made = self._made or self._recompose(None)
+        B, A = self._made
+        # What stays as it is should be seen to.
+        return member.module.B.to(B) if B is self._block.B else B[row], A[row]
+
+    def _recompose(self, into: Pair | None) -> Pair:
+        _, B, A, U, V = self._block
+        fits = into is not None and all(
+            X.dtype == torch.float32 and X.device == B.device for X in into
         )
+        out = into if fits else None
+        if isinstance(self._cores, Shift):
+            return realign.recompose(B, A, U, V, self._cores, out)
+        return stages.recompose(B, A, U, V, self._projection, self._cores, out)
 
 
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
-    """The solution of each plan, one after the other, or in its place the error that stopped it."""
-    for plan in plans:
+    """The solution of each plan, one after the other, or in its place the error that stopped it.
+
+    All plans are of one subspace.
+    """
+    for group in _groups(plans):
         try:
-            yield solve_stacks(plan, project_members(plan.members, device))
+            solved = _solve_group(group, device)
         except CsuloraError as error:
+            if len(group) > 1:  # one of them is at fault
+                for plan in group:
+                    yield from solve([plan], device)
+                continue
             yield error
+            continue
+        yield from solved
 
 
-def project_members(members: Sequence[Member], device: torch.device) -> list[Stack]:
-    """All members in stacks. Raises CsuloraError for factors whose squares float32 cannot hold."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, member in enumerate(members):
-        groups.setdefault((member.module.rank, member.U.shape[1]), []).append(i)
-    return [_stack(members, positions, device) for positions in groups.values()]
+def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
+    """Plans in their order, as many at once as are to be solved together."""
+    group: list[Plan] = []
+    left = TOGETHER
+    for plan in plans:
+        size = _size(plan.members)
+        if group and size > left:
+            yield group
+            group, left = [], TOGETHER
+        group.append(plan)
+        left -= size
+    if group:
+        yield group
 
 
-def solve_stacks(plan: Plan, stacks: Sequence[Stack]) -> Solved:
-    """The solution of a plan from the projections of its members, which other strengths may share."""
-    known = Gathered.of(len(plan.members))
-    ready: dict[int, tuple[Pair, Projection, Cores | Shift]] = {}
+def _size(members: Sequence[Member]) -> int:
+    return sum(m.module.B.nbytes + m.module.A.nbytes for m in members)
+
+
+def _solve_group(plans: Sequence[Plan], device: torch.device) -> list[Solved]:
+    return solve_stacks(plans, project_members([plan.members for plan in plans], device))
+
+
+def project_members(adapters: Sequence[Sequence[Member]], device: torch.device) -> list[Stack]:
+    """The members of some adapters, in stacks; positions count all members, adapter by adapter.
+
+    Raises CsuloraError for factors whose squares float32 cannot hold.
+    """
+    members = [member for own in adapters for member in own]
+    owners = [a for a, own in enumerate(adapters) for _ in own]
+    small = _size(members) <= TOGETHER
+    stacks: dict[tuple[object, ...], dict[tuple[object, ...], list[int]]] = {}
+    for i, (member, owner) in enumerate(zip(members, owners, strict=True)):
+        shared = None if _in_line(member) else owner
+        blocks = stacks.setdefault((member.module.rank, member.U.shape[1], shared), {})
+        blocks.setdefault((member.target, member.transposed, member.correction), []).append(i)
+    return [
+        _stack([_block(members, own, device, small) for own in blocks.values()], members)
+        for blocks in stacks.values()
+    ]
+
+
+def solve_stacks(plans: Sequence[Plan], stacks: Sequence[Stack]) -> list[Solved]:
+    """The solutions of plans from the projections of their members, which other strengths may share."""
+    members = [member for plan in plans for member in plan.members]
+    known = Gathered.of(len(members))
+    place: dict[int, tuple[Part, int]] = {}
     for stack in stacks:
-        for correction, part in _by_correction(plan, stack):
-            cores, figures, amplified = _solve(plan, part, correction)
-            known.put(part.positions, figures, amplified, part.squares_fit)
-            own: Sequence[Cores | Shift] = cores.unbind()
-            rows = zip(part.factors, part.projection.unbind(), own, strict=True)
-            ready |= zip(part.positions, rows, strict=True)
-
-    def factors(i: int, into: Pair | None) -> Pair:
-        member, ((B, A), projection, cores) = plan.members[i], ready[i]
-        there = into is not None and all(
-            X.dtype == torch.float32 and X.device == B.device for X in into
-        )
-        U, V = member.U.to(B), member.V.to(B)
-        if isinstance(cores, Shift):
-            return realign.recompose(B, A, U, V, cores, into if there else None)
-        return stages.recompose(B, A, U, V, projection, cores, into if there else None)
-
+        for correction, own in _by_correction(members, stack):
+            cores, figures, amplified = _solve(members, own, correction)
+            known.put(own.positions, figures, amplified, own.squares_fit)
+            for part in _parts(own, cores):
+                place |= {i: (part, row) for row, i in enumerate(part.positions)}
+    spans = _spans(plan.members for plan in plans)
+    needed = known.needs_float64(plans)
     # The last of a stack first: its basis is the one that is still in the cache.
     order = [i for stack in stacks for i in reversed(stack.positions)]
-    return Solved(known.figures, known.needs_float64(plan), factors, order)
+    return [
+        Solved(
+            Figures(*(X[begin:end] for X in known.figures)),
+            needed[begin:end],
+            _factors(plan, begin, place),
+            [i - begin for i in order if begin <= i < end],
+        )
+        for plan, (begin, end) in zip(plans, spans, strict=True)
+    ]
+
+
+def _factors(
+    plan: Plan, begin: int, place: Mapping[int, tuple[Part, int]]
+) -> Callable[[int, Pair | None], Pair]:
+    """What a plan is handed as `Solved.factors`; its members are those from `begin` on."""
+
+    def factors(i: int, into: Pair | None) -> Pair:
+        part, row = place[begin + i]
+        return part.factors(row, plan.members[i], into)
+
+    return factors
 
 
 def _solve(
-    plan: Plan, part: Stack, correction: Method
+    members: Sequence[Member], stack: Stack, correction: Method
 ) -> tuple[Cores | Shift, Figures, Amplification]:
     """What makes the result, its energies, and what float32 would do to it."""
     if isinstance(correction, Correction):
-        return solve_with_amplification(part.projection, correction)
-    spectra = (plan.members[i].spectrum for i in part.positions)
+        return solve_with_amplification(stack.projection, correction)
+    spectra = (members[i].spectrum for i in stack.positions)
     spectrum = Spectrum(
-        *(torch.stack(X).to(part.projection.P.device) for X in zip(*spectra, strict=True))
+        *(torch.stack(X).to(stack.projection.P.device) for X in zip(*spectra, strict=True))
     )
-    return realign_with_amplification(part.projection, spectrum, correction)
+    return realign_with_amplification(stack.projection, spectrum, correction)
 
 
-def _stack(members: Sequence[Member], positions: list[int], device: torch.device) -> Stack:
+def _parts(stack: Stack, cores: Cores | Shift) -> list[Part]:
+    blocks, projection = stack.blocks, stack.projection
+    if blocks[0].B.dim() == 2:
+        own: Sequence[Cores | Shift] = cores.unbind()
+        return list(map(Part, blocks, projection.unbind(), own))
+    spans = [slice(*span) for span in stack.spans()]
+    return [
+        Part(b, projection.of(rows), cores.of(rows)) for b, rows in zip(blocks, spans, strict=True)
+    ]
+
+
+def _block(
+    members: Sequence[Member], positions: list[int], device: torch.device, small: bool
+) -> Block:
     group = [members[i] for i in positions]
-    factors = [
-        (member.module.B.to(device, torch.float32), member.module.A.to(device, torch.float32))
-        for member in group
-    ]
-    rows = [
-        project(B, A, member.U.to(B), member.V.to(B))
-        for member, (B, A) in zip(group, factors, strict=True)
-    ]
-    projection = Projection(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+    if small:
+        # `stack` promotes where types differ, which loses nothing.
+        B, A = (
+            torch.stack(parts).to(device, torch.float32)
+            for parts in ([m.module.B for m in group], [m.module.A for m in group])
+        )
+    else:
+        B, A = (X.to(device, torch.float32) for X in (group[0].module.B, group[0].module.A))
+    U, V = group[0].U.to(B), group[0].V.to(B)
+    if small:
+        U, V = (X.expand(len(group), *X.shape) for X in (U, V))
+    return Block(positions, B, A, U, V)
+
+
+def _stack(blocks: list[Block], members: Sequence[Member]) -> Stack:
+    rows = [block.project() for block in blocks]
+    join = torch.stack if blocks[0].B.dim() == 2 else torch.cat
+    projection = Projection(*(join(parts) for parts in zip(*rows, strict=True)))
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in projection[2:]], dim=-1)
     finite = torch.isfinite(squares).all(-1)
+    stack = Stack(blocks, projection, squares_fit_float32(squares))
     if not bool(finite.all()):
-        raise overflow(group[int(finite.int().argmin())].name)
-    return Stack(positions, factors, projection, squares_fit_float32(squares))
+        raise overflow(members[stack.positions[int(finite.int().argmin())]].name)
+    return stack
 
 
-def _by_correction(plan: Plan, stack: Stack) -> Iterator[tuple[Method, Stack]]:
+def _in_line(member: Member) -> bool:
+    """Whether all its matrices are a whole number of cache lines, so that it may share a stack."""
+    r, k = member.module.rank, member.U.shape[1]
+    return all(r * size % LINE == 0 for size in (member.U.shape[0], member.V.shape[0], r, k))
+
+
+def _by_correction(members: Sequence[Member], stack: Stack) -> Iterator[tuple[Method, Stack]]:
     """The part of a stack that each correction is for; nearly always one, for all of it."""
     groups: dict[Method, list[int]] = {}
-    for row, i in enumerate(stack.positions):
-        groups.setdefault(plan.members[i].correction, []).append(row)
-    for correction, rows in groups.items():
-        yield correction, stack if len(groups) == 1 else stack.take(rows)
+    for b, block in enumerate(stack.blocks):
+        groups.setdefault(members[block.positions[0]].correction, []).append(b)
+    for correction, which in groups.items():
+        yield correction, stack if len(groups) == 1 else stack.take(which)
+
+
+def _spans(parts: Iterable[Sized]) -> list[tuple[int, int]]:
+    """Where each part of a whole begins and ends."""
+    return list(pairwise([0, *accumulate(map(len, parts))]))

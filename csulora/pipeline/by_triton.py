@@ -133,7 +133,7 @@ def _joined(plan: Plan, parts: list[_Part]) -> Solved | CsuloraError:
             return plan.members[i].module.B, A
         return part.out.B(part.row, column), A
 
-    return Solved(known.figures, known.needs_float64(plan), factors, range(len(plan.members)))
+    return Solved(known.figures, known.needs_float64([plan]), factors, range(len(plan.members)))
 
 
 def _by_torch(plan: Plan, device: torch.device) -> Solved | CsuloraError:

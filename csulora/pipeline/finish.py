@@ -134,14 +134,14 @@ def _module(
     old, (B, A) = member.module, pair
     rslora = bool(plan.source.config.get("use_rslora"))
     alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
-    new = replace(old, A=A, B=B, alpha=alpha)
+    new = LoraModule(A, B, alpha, old.scaling, old.embedding)
     if portable_rank is not None:
         new = new.portable(portable_rank)
-    B, A = new.B, new.A
+        B, A = new.B, new.A
     if torch.float16 in (into[0].dtype, into[1].dtype) and not _as_it_is(member, pair, A):
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
-    return replace(new, B=into[0], A=into[1])
+    return LoraModule(into[1], into[0], new.alpha, new.scaling, new.embedding)
 
 
 def _as_it_is(member: Member, pair: Pair, A: Tensor) -> bool:
@@ -157,9 +157,10 @@ def _as_it_is(member: Member, pair: Pair, A: Tensor) -> bool:
 
 def _has_nothing_to_realign(member: Member) -> bool:
     """Whether the noise edge leaves a module out that has directions."""
-    correction, (S, edge, _) = member.correction, member.spectrum
+    correction = member.correction
     if not isinstance(correction, Realignment) or correction.is_identity:
         return False
+    S, edge, _ = member.spectrum
     return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 

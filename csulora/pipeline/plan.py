@@ -34,9 +34,14 @@ class Member(NamedTuple):
     module: LoraModule
     U: Tensor  # (d_out, k)
     V: Tensor  # (d_in, k)
-    spectrum: Spectrum
+    known: ModuleSubspace  # what the bases were taken from
     correction: Method  # names no patterns, and in a plan no budget
     dropped: bool = False  # its update is removed; the strengths of its correction are 0 then
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """What realignment has to know of D, for the scaling of this update."""
+        return self.known.spectrum(self.module.scaling)
 
     @property
     def rank(self) -> int:
@@ -258,8 +263,7 @@ def _member(
             f"{subspace.path or 'subspace'}: {target} is {U.shape[0]} x {V.shape[0]}, but the adapter "
             f"updates {name} with {shape[0]} x {shape[1]}; was the subspace estimated for another model?"
         )
-    spectrum = found.spectrum(module.scaling)
-    return Member(name, target, transposed, module.detached(), U, V, spectrum, correction, dropped)
+    return Member(name, target, transposed, module.detached(), U, V, found, correction, dropped)
 
 
 def _is_free(member: Member) -> bool:

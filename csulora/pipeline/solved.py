@@ -29,7 +29,7 @@ class Solved(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What is known about each of a plan's n members, put together from the parts it was solved in."""
+    """What is known about each of n members, put together from the parts they were solved in."""
 
     figures: Figures
     amplified: Amplification
@@ -50,13 +50,14 @@ class Gathered(NamedTuple):
         for whole, part in zip(wholes, (*figures, *amplified, squares_fit), strict=True):
             whole[positions] = part.to(whole.device)
 
-    def needs_float64(self, plan: Plan) -> Tensor:
-        """(n) bool, see `csulora.method.precision.needs_float64`."""
-        identity = [member.correction.is_identity for member in plan.members]
+    def needs_float64(self, plans: Sequence[Plan]) -> Tensor:
+        """(n) bool, see `csulora.method.precision.needs_float64`, for the members of these plans."""
+        members = [(plan, member) for plan in plans for member in plan.members]
+        identity = [member.correction.is_identity for _, member in members]
         return needs_float64(
             self.squares_fit,
             self.amplified,
-            [plan.limits(member) for member in plan.members],
+            [plan.limits(member) for plan, member in members],
             torch.tensor(identity, dtype=torch.bool),
         )
 

@@ -225,7 +225,8 @@ def test_observing_changes_nothing(vllm, tmp_path):
     assert asyncio.run(models.lora_resolvers[0].resolve_lora("base", "bad")).lora_path == raw
     kinds.InputProcessor()._validate_lora(Request("a", 1, raw))
     assert kinds.Worker()._load_adapter(Request("a", 1, raw)) == ("weights", raw)
-    assert [call[0] for call in guard.calls] == ["admit"]
+    # After the first look, each request asks whether the files are still those.
+    assert [call[0] for call in guard.calls] == ["admit", "check"]
 
 
 def test_a_process_says_that_it_is_guarded_before_and_after_vllm_sets_up_its_log(

@@ -14,6 +14,7 @@ from csulora.adapter import HUB_PATTERNS
 from csulora.errors import CsuloraError
 from csulora.files.hub import resolve_source
 from csulora.serving.guard import Guard, refusal_text
+from csulora.serving.recent import Recent
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Admission:
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.observing = guard.config.mode == "observe"
-        self._served: set[str] = set()  # paths that the guard has admitted
+        self._served: Recent[str, bool] = Recent()  # paths that the guard has admitted
         self._corrections = ThreadPoolExecutor(2, "csulora-correct")
         self._downloads = ThreadPoolExecutor(4, "csulora-download")
         self._checks = ThreadPoolExecutor(4, "csulora-check")
@@ -66,12 +67,12 @@ class Admission:
         if folder is None:
             return given
         if self.observing:
-            self._served.add(given)
+            self._served.set(given, True)
             with contextlib.suppress(CsuloraError):  # logged by the guard, and left to vLLM
                 self.guard.admit(folder, name, max_rank=max_rank)
             return given
         path = str(self.guard.admit(folder, name, max_rank=max_rank).path)
-        self._served.add(path)
+        self._served.set(path, True)
         return path
 
     def named(self, name: str, max_rank: int | None) -> str | None:
@@ -86,12 +87,12 @@ class Admission:
         """
         if not self.known(request.lora_path):
             request.lora_path = self.path(request.lora_path, request.lora_name, max_rank)
-        elif not self.observing:
+        else:
             self.guard.check(request.lora_path, request.lora_name)
 
     def known(self, path: str) -> bool:
         """Whether this is a path that was admitted in this process."""
-        return path in self._served
+        return self._served.get(path) is not None
 
     async def finding(self, name: str, max_rank: int | None) -> str | None:
         """`named`, while other requests go on."""
