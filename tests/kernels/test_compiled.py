@@ -55,6 +55,7 @@ def configurations(arch, dtype, r, k, adapters):
         **vectors,
         "kernel": "project",
         "GROUP": tiles.group,
+        "STRIPS": tiles.strips,
         "BLOCK_K": tiles.project.block_k,
         "BLOCK_D": tiles.project.block_d,
         "EMULATE": False,
@@ -219,7 +220,17 @@ def print_table(chosen, facts):
     for c, f in zip(chosen, facts, strict=True):
         constants = " ".join(
             f"{k}={c[k]}"
-            for k in ("R", "K", "GROUP", "KIND_A", "SAME", "GRANULARITY", "BLOCK_C", "TRANSPOSED")
+            for k in (
+                "R",
+                "K",
+                "GROUP",
+                "STRIPS",
+                "KIND_A",
+                "SAME",
+                "GRANULARITY",
+                "BLOCK_C",
+                "TRANSPOSED",
+            )
             if k in c
         )
         print(
