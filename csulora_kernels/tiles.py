@@ -16,8 +16,11 @@ from csulora_kernels.layout import Shape
 DIRECTIONS = 64  # K is a multiple of it
 REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
-SOLVE_MATRICES = 26  # R x R float64 scratch matrices of one program of solve
-REALIGN_MATRICES = 7  # the same of realign, which has two K x R ones and two vectors of K besides
+# R x R float64 scratch matrices of one program of solve, by form, and of realign, which has two K x R ones and two
+# vectors of K besides.
+EXACT_MATRICES = 16
+SAME_MATRICES = 28
+REALIGN_MATRICES = 7
 
 
 @dataclass(frozen=True)
