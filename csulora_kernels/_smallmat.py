@@ -282,7 +282,7 @@ def pivoted_cholesky(
             b_new -= tl.sum(b_done * b_factor[:, :, None], axis=1)
         # Indices already taken have nothing left but rounding.
         taken = (b_rest > 0) & (largest > tolerance)
-        inverse = 1.0 / tl.sqrt(tl.where(largest > tolerance, pivot, 1.0))
+        inverse = tl.rsqrt(tl.where(largest > tolerance, pivot, 1.0))
         b_new = tl.where(taken, b_new * inverse, 0.0)
         b_rest = tl.where(b_i == n, 0.0, tl.maximum(b_rest - b_new * b_new, 0.0))
         tl.debug_barrier()
