@@ -31,8 +31,50 @@ def tile_count(SIZE: tl.constexpr, T: tl.constexpr):
     return (SIZE // T) * tl.num_programs(1)
 
 
+@triton.jit
+def _product_tile(
+    p_a, p_b, i, j, R: tl.constexpr, T: tl.constexpr, TRANS_A: tl.constexpr, TRANS_B: tl.constexpr
+):
+    """Tile (i, j) of a b."""
+    b_c = tl.zeros([T, T], tl.float64)
+    for n in range(tile_count(R, T)):
+        if TRANS_A:
+            b_a = tl.trans(tl.load(p_a + tile(n, i, R, T)))
+        else:
+            b_a = tl.load(p_a + tile(i, n, R, T))
+        if TRANS_B:
+            b_b = tl.trans(tl.load(p_b + tile(j, n, R, T)))
+        else:
+            b_b = tl.load(p_b + tile(n, j, R, T))
+        b_c = tl.dot(b_a, b_b, b_c, out_dtype=tl.float64)
+    return b_c
+
+
 @triton.jit(noinline=True)
 def multiply(
+    p_s,
+    c,
+    a,
+    b,
+    alpha,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    TRANS_A: tl.constexpr = False,
+    TRANS_B: tl.constexpr = False,
+):
+    """c = alpha a b, with a and b transposed as asked."""
+    p_c = p_s + c * (R * R)
+    p_a = p_s + a * (R * R)
+    p_b = p_s + b * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            b_c = _product_tile(p_a, p_b, i, j, R, T, TRANS_A, TRANS_B)
+            tl.store(p_c + tile(i, j, R, T), alpha * b_c)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def multiply_add(
     p_s,
     c,
     a,
@@ -44,26 +86,15 @@ def multiply(
     TRANS_A: tl.constexpr = False,
     TRANS_B: tl.constexpr = False,
 ):
-    """c = alpha a b + base, with a and b transposed as asked."""
+    """c = base + alpha a b, with a and b transposed as asked."""
     p_c = p_s + c * (R * R)
     p_a = p_s + a * (R * R)
     p_b = p_s + b * (R * R)
     p_base = p_s + base * (R * R)
     for i in range(tile_count(R, T)):
         for j in range(tile_count(R, T)):
-            b_base = tl.load(p_base + tile(i, j, R, T))
-            b_c = tl.zeros([T, T], tl.float64)
-            for n in range(tile_count(R, T)):
-                if TRANS_A:
-                    b_a = tl.trans(tl.load(p_a + tile(n, i, R, T)))
-                else:
-                    b_a = tl.load(p_a + tile(i, n, R, T))
-                if TRANS_B:
-                    b_b = tl.trans(tl.load(p_b + tile(j, n, R, T)))
-                else:
-                    b_b = tl.load(p_b + tile(n, j, R, T))
-                b_c = tl.dot(b_a, b_b, b_c, out_dtype=tl.float64)
-            tl.store(p_c + tile(i, j, R, T), alpha * b_c + b_base)
+            b_c = _product_tile(p_a, p_b, i, j, R, T, TRANS_A, TRANS_B)
+            tl.store(p_c + tile(i, j, R, T), alpha * b_c + tl.load(p_base + tile(i, j, R, T)))
     tl.debug_barrier()
 
 
@@ -120,31 +151,6 @@ def block_energies(p_s, grams, R: tl.constexpr, T: tl.constexpr):
             oo += tl.sum(b_B_out * b_A_out)
     tl.debug_barrier()
     return tl.maximum(ff, 0.0), tl.maximum(fo, 0.0), tl.maximum(of, 0.0), tl.maximum(oo, 0.0)
-
-
-@triton.jit(noinline=True)
-def update_energy(p_s, b, x, y, a, R: tl.constexpr, T: tl.constexpr):
-    """<b d, d a>, at least 0, with d = x - y: the energy of an update with the core d."""
-    p_b = p_s + b * (R * R)
-    p_x = p_s + x * (R * R)
-    p_y = p_s + y * (R * R)
-    p_a = p_s + a * (R * R)
-    total = tl.full([], 0.0, tl.float64)
-    for i in range(tile_count(R, T)):
-        for j in range(tile_count(R, T)):
-            b_bd = tl.zeros([T, T], tl.float64)
-            for n in range(tile_count(R, T)):
-                o_tile = tile(n, j, R, T)
-                b_d = tl.load(p_x + o_tile) - tl.load(p_y + o_tile)
-                b_bd = tl.dot(tl.load(p_b + tile(i, n, R, T)), b_d, b_bd, out_dtype=tl.float64)
-            b_da = tl.zeros([T, T], tl.float64)
-            for n in range(tile_count(R, T)):
-                o_tile = tile(i, n, R, T)
-                b_d = tl.load(p_x + o_tile) - tl.load(p_y + o_tile)
-                b_da = tl.dot(b_d, tl.load(p_a + tile(n, j, R, T)), b_da, out_dtype=tl.float64)
-            total += tl.sum(b_bd * b_da)
-    tl.debug_barrier()
-    return tl.maximum(total, 0.0)
 
 
 @triton.jit(noinline=True)

@@ -29,6 +29,7 @@ from csulora_kernels._smallmat import (
     inner,
     inner_of_differences,
     multiply,
+    multiply_add,
     negative_inverse,
     pivoted_cholesky,
     scaled_identity,
@@ -36,7 +37,6 @@ from csulora_kernels._smallmat import (
     symmetric_difference,
     tile,
     tile_count,
-    update_energy,
 )
 
 # Noise of a float32 Gram matrix relative to its diagonal, and of the float64 ones formed here.
@@ -52,14 +52,13 @@ SINGULAR = tl.constexpr(1e-11)
 
 # Scratch matrices of one program. Of four: G_B in, out and G_A in, out; cores ff, fo, of, oo.
 IDENTITY = tl.constexpr(0)
-ZERO = tl.constexpr(1)
-GRAMS = tl.constexpr(2)
-FACTORS = tl.constexpr(6)  # L^T of G_B out, M^T of G_A out, L^T of G_B in
-CORES = tl.constexpr(9)
-WORK = tl.constexpr(13)  # three, four for `same`
+GRAMS = tl.constexpr(1)
+FACTORS = tl.constexpr(5)  # L^T of G_B out, M^T of G_A out, L^T of G_B in
+CORES = tl.constexpr(8)
+WORK = tl.constexpr(12)  # three, or four for `same`
 EXACT_MATRICES = tl.constexpr(tiles.EXACT_MATRICES)
-RESULT = tl.constexpr(17)  # cores of the written form, where it is not the exact one
-FIT = tl.constexpr(21)  # seven
+RESULT = tl.constexpr(16)  # cores of the written form, where it is not the exact one
+FIT = tl.constexpr(20)  # seven
 SAME_MATRICES = tl.constexpr(tiles.SAME_MATRICES)
 
 
@@ -96,8 +95,10 @@ def solve_kernel(
     MATRICES: tl.constexpr = SAME_MATRICES if SAME else EXACT_MATRICES
     p_s = p_scratch + tl.program_id(0).to(tl.int64) * (MATRICES * RR)
     zero = tl.full([], 0.0, tl.float64)
-    scaled_identity(p_s, slot(IDENTITY), zero + 1.0, R, T)
-    scaled_identity(p_s, slot(ZERO), zero, R, T)
+    one = zero + 1.0
+    left = slot(WORK)
+    right = slot(WORK) + 1
+    scaled_identity(p_s, slot(IDENTITY), one, R, T)
     first = tl.program_id(0)
     for step in range(0, n_entries - first, tl.num_programs(0)):
         e = (first + step).to(tl.int64)
@@ -128,7 +129,7 @@ def solve_kernel(
             else:
                 tl.static_assert(GRANULARITY == "direction")
                 if strength == 0:
-                    scaled_identity(p_s, core, zero + 1.0, R, T)
+                    scaled_identity(p_s, core, one, R, T)
                 else:
                     _direction_core(p_s, core, block, strength * inverse_energy, R, T)
         # With the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q.
@@ -144,14 +145,18 @@ def solve_kernel(
             x = slot(RESULT) + block if SAME else k
             g_B = slot(GRAMS) + block // 2
             g_A = slot(GRAMS) + 2 + block % 2
-            after = update_energy(p_s, g_B, x, slot(ZERO), g_A, R, T)
+            multiply(p_s, left, g_B, x, one, R, T)
+            multiply(p_s, right, x, g_A, one, R, T)
+            after = tl.maximum(inner(p_s, left, right, R, T), 0.0)
             tl.store(p_after + e * 4 + block, after * inverse_energy)
-            change += update_energy(p_s, g_B, x, slot(IDENTITY), g_A, R, T)
+            change += inner_of_differences(p_s, left, g_B, right, g_A, R, T)
             if SAME:
-                exact += update_energy(p_s, g_B, k, slot(ZERO), g_A, R, T)
-                misfit += update_energy(p_s, g_B, x, k, g_A, R, T)
-        tl.store(p_change + e, tl.sqrt(change * inverse_energy))
-        tl.store(p_error + e, tl.sqrt(misfit / tl.where(exact > 0, exact, 1.0)))
+                multiply(p_s, left + 2, g_B, k, one, R, T)
+                multiply(p_s, right + 2, k, g_A, one, R, T)
+                exact += inner(p_s, left + 2, right + 2, R, T)
+                misfit += inner_of_differences(p_s, left, left + 2, right, right + 2, R, T)
+        tl.store(p_change + e, tl.sqrt(tl.maximum(change * inverse_energy, 0.0)))
+        tl.store(p_error + e, tl.sqrt(tl.maximum(misfit, 0.0) / tl.where(exact > 0, exact, 1.0)))
         _write(
             p_s,
             p,
@@ -189,7 +194,7 @@ def _grams(p_s, p_P, p_Q, p_G_B, p_G_A, K: tl.constexpr, R: tl.constexpr, T: tl.
     pivoted_cholesky(p_s, slot(FACTORS), slot(WORK), slot(1), p_G_B, p_G_A, noise, R, T)
     for side in range(2):
         f = slot(FACTORS) + side
-        multiply(p_s, slot(GRAMS) + 2 * side + 1, f, f, slot(ZERO), one, R, T, TRANS_A=True)
+        multiply(p_s, slot(GRAMS) + 2 * side + 1, f, f, one, R, T, TRANS_A=True)
 
 
 @triton.jit(noinline=True)
@@ -202,15 +207,15 @@ def _direction_core(p_s, core, block, c, R: tl.constexpr, T: tl.constexpr):
     S = slot(WORK) + 1
     rest = slot(WORK) + 2
     one = tl.full([], 1.0, tl.float64)
-    multiply(p_s, product, other, factor, slot(ZERO), one, R, T, TRANS_B=True)
-    multiply(p_s, S, factor, product, slot(IDENTITY), c, R, T)
+    multiply(p_s, product, other, factor, one, R, T, TRANS_B=True)
+    multiply_add(p_s, S, factor, product, slot(IDENTITY), c, R, T)
     negative_inverse(p_s, S, 0.0 * one, one, R, T)
     if of_A:
-        multiply(p_s, rest, S, product, slot(ZERO), c, R, T, TRANS_B=True)
-        multiply(p_s, core, factor, rest, slot(IDENTITY), one, R, T, TRANS_A=True)
+        multiply(p_s, rest, S, product, c, R, T, TRANS_B=True)
+        multiply_add(p_s, core, factor, rest, slot(IDENTITY), one, R, T, TRANS_A=True)
     else:
-        multiply(p_s, rest, product, S, slot(ZERO), c, R, T)
-        multiply(p_s, core, rest, factor, slot(IDENTITY), one, R, T)
+        multiply(p_s, rest, product, S, c, R, T)
+        multiply_add(p_s, core, rest, factor, slot(IDENTITY), one, R, T)
 
 
 @triton.jit(noinline=True)
@@ -241,21 +246,20 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     S = slot(WORK) + 1
     rhs = slot(WORK) + 2
     found = slot(WORK) + 3
-    zero = slot(ZERO)
     nothing = tl.full([], 0.0, tl.float64)
     one = nothing + 1.0
     singular = nothing + SINGULAR
-    multiply(p_s, CtG, C, B_p, zero, one, R, T, TRANS_A=True)
-    multiply(p_s, CtGC, CtG, C, zero, one, R, T)
-    multiply(p_s, CtGK, CtG, K_pq, zero, one, R, T)
-    multiply(p_s, KG, K_qp, A_p, zero, one, R, T)
-    multiply(p_s, KtG, K_qp, B_q, zero, one, R, T, TRANS_A=True)
-    multiply(p_s, GKt, A_p, K_qp, zero, one, R, T, TRANS_B=True)
+    multiply(p_s, CtG, C, B_p, one, R, T, TRANS_A=True)
+    multiply(p_s, CtGC, CtG, C, one, R, T)
+    multiply(p_s, CtGK, CtG, K_pq, one, R, T)
+    multiply(p_s, KG, K_qp, A_p, one, R, T)
+    multiply(p_s, KtG, K_qp, B_q, one, R, T, TRANS_A=True)
+    multiply(p_s, GKt, A_p, K_qp, one, R, T, TRANS_B=True)
     # What the misfit of pq and qq would be at K_A = 0.
-    multiply(p_s, t, B_q, K_qq, zero, one, R, T)
-    multiply(p_s, S, K_qq, t, zero, one, R, T, TRANS_A=True)
-    multiply(p_s, t, B_p, K_pq, zero, one, R, T)
-    multiply(p_s, rhs, K_pq, t, S, one, R, T, TRANS_A=True)
+    multiply(p_s, t, B_q, K_qq, one, R, T)
+    multiply(p_s, S, K_qq, t, one, R, T, TRANS_A=True)
+    multiply(p_s, t, B_p, K_pq, one, R, T)
+    multiply_add(p_s, rhs, K_pq, t, S, one, R, T, TRANS_A=True)
     constant = inner(p_s, rhs, A_q, R, T)
 
     start = CtG  # has served
@@ -267,21 +271,21 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     previous = nothing + float("inf")
     while (step < FIT_MAX_STEPS) & (improving > 0):
         # K_B (G_Ap + K_A G_Aq K_A^T) = K_qp G_Ap + K_qq G_Aq K_A^T
-        multiply(p_s, t, start, A_q, zero, one, R, T)
-        multiply(p_s, S, t, start, A_p, one, R, T, TRANS_B=True)
-        multiply(p_s, rhs, K_qq, t, KG, one, R, T, TRANS_B=True)
+        multiply(p_s, t, start, A_q, one, R, T)
+        multiply_add(p_s, S, t, start, A_p, one, R, T, TRANS_B=True)
+        multiply_add(p_s, rhs, K_qq, t, KG, one, R, T, TRANS_B=True)
         negative_inverse(p_s, S, singular, nothing, R, T)
-        multiply(p_s, K_B, rhs, S, zero, -one, R, T)
+        multiply(p_s, K_B, rhs, S, -one, R, T)
         # (C^T G_Bp C + K_B^T G_Bq K_B) K_A = C^T G_Bp K_pq + K_B^T G_Bq K_qq
-        multiply(p_s, t, K_B, B_q, zero, one, R, T, TRANS_A=True)
-        multiply(p_s, S, t, K_B, CtGC, one, R, T)
-        multiply(p_s, rhs, t, K_qq, CtGK, one, R, T)
+        multiply(p_s, t, K_B, B_q, one, R, T, TRANS_A=True)
+        multiply_add(p_s, S, t, K_B, CtGC, one, R, T)
+        multiply_add(p_s, rhs, t, K_qq, CtGK, one, R, T)
         negative_inverse(p_s, S, singular, nothing, R, T)
-        multiply(p_s, found, S, rhs, zero, -one, R, T)
+        multiply(p_s, found, S, rhs, -one, R, T)
         # Squared error: of qp, <G_Bq D, D G_Ap> with D = K_B - K_qp; of pq and qq at their minimum
         # in K_A, the constant less <rhs G_Aq, K_A>.
-        multiply(p_s, S, rhs, A_q, zero, one, R, T)
-        multiply(p_s, rhs, A_p, K_B, zero, one, R, T, TRANS_B=True)
+        multiply(p_s, S, rhs, A_q, one, R, T)
+        multiply(p_s, rhs, A_p, K_B, one, R, T, TRANS_B=True)
         error = constant - inner(p_s, S, found, R, T)
         error += inner_of_differences(p_s, t, KtG, rhs, GKt, R, T)
         error = tl.maximum(error, 0.0)
@@ -294,8 +298,8 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
         previous = error
         step += 1
     copy(p_s, slot(RESULT) + 3 * p, C, R, T)
-    multiply(p_s, slot(RESULT) + 2 * p + q, C, K_A, zero, one, R, T)
-    multiply(p_s, slot(RESULT) + 3 * q, K_B, K_A, zero, one, R, T)
+    multiply(p_s, slot(RESULT) + 2 * p + q, C, K_A, one, R, T)
+    multiply(p_s, slot(RESULT) + 3 * q, K_B, K_A, one, R, T)
 
 
 @triton.jit

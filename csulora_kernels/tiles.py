@@ -18,8 +18,8 @@ REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
 # R x R float64 scratch matrices of one program of solve, by form, and of realign, which has two K x R ones and two
 # vectors of K besides.
-EXACT_MATRICES = 16
-SAME_MATRICES = 28
+EXACT_MATRICES = 15
+SAME_MATRICES = 27
 REALIGN_MATRICES = 7
 
 
