@@ -42,44 +42,32 @@ def project_kernel(
     EMULATE: tl.constexpr,
 ):
     p_item = p_work + tl.program_id(0) * 7
+    side = tl.load(p_item)
     i_module = tl.load(p_item + 1)
     i_group = tl.load(p_item + 2)
     i_block = tl.load(p_item + 3)
     i_split = tl.load(p_item + 4)
     d_from = tl.multiple_of(tl.load(p_item + 5), BLOCK_D)
     d_to = tl.multiple_of(tl.load(p_item + 6), VEC_D)
-    # fmt: off
-    if tl.load(p_item) == 0:
+    batch = (p_data, p_basis, p_entries, p_modules, n_adapters, n_modules)
+    part = (i_module, i_group, i_block, i_split, d_from, d_to)
+    if side == 0:
+        out = (p_P, p_G_B)
         _project_side(
-            p_data, p_basis, p_entries, p_modules, p_P, p_G_B, n_adapters, n_modules,
-            i_module, i_group, i_block, i_split, d_from, d_to,
-            0, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE,
+            batch, part, out, 0, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
         )
     else:
+        out = (p_Q, p_G_A)
         _project_side(
-            p_data, p_basis, p_entries, p_modules, p_Q, p_G_A, n_adapters, n_modules,
-            i_module, i_group, i_block, i_split, d_from, d_to,
-            1, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE,
+            batch, part, out, 1, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
         )
-    # fmt: on
 
 
 @triton.jit
 def _project_side(
-    p_data,
-    p_basis,
-    p_entries,
-    p_modules,
-    p_coordinates,
-    p_G,
-    n_adapters,
-    n_modules,
-    i_module,
-    i_group,
-    i_block,
-    i_split,
-    d_from,
-    d_to,
+    batch,
+    part,
+    out,
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
     K: tl.constexpr,
     R: tl.constexpr,
@@ -92,6 +80,8 @@ def _project_side(
     EMULATE: tl.constexpr,
 ):
     """One stretch of d: one or two strips of C = GROUP R columns of B (or rows of A) against BLOCK_K directions."""
+    p_data, p_basis, p_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, i_block, i_split, d_from, d_to = part
     C: tl.constexpr = GROUP * R
     TYPE: tl.constexpr = p_data.dtype.element_ty
     length = tl.multiple_of(tl.load(p_modules + i_module * 5 + SIDE), VEC_D)
@@ -125,39 +115,10 @@ def _project_side(
             b_P2 += basis_product(parts, b_x2, EMULATE)
             b_G2 += gram_products(b_x2, GROUP, EMULATE)
     o_slot = i_split.to(tl.int64) * n_adapters * n_modules + i_module
-    _store(
-        p_coordinates,
-        p_G,
-        b_P,
-        b_G,
-        b_k,
-        first,
-        n_adapters,
-        n_modules,
-        o_slot,
-        i_block == 0,
-        SIDE,
-        K,
-        R,
-        GROUP,
-    )
+    place = (o_slot, n_adapters, n_modules, b_k, i_block == 0)
+    _store(out, place, first, b_P, b_G, SIDE, K, R, GROUP)
     if STRIPS == 2:
-        _store(
-            p_coordinates,
-            p_G,
-            b_P2,
-            b_G2,
-            b_k,
-            second,
-            n_adapters,
-            n_modules,
-            o_slot,
-            i_block == 0,
-            SIDE,
-            K,
-            R,
-            GROUP,
-        )
+        _store(out, place, second, b_P2, b_G2, SIDE, K, R, GROUP)
 
 
 @triton.jit
@@ -214,21 +175,19 @@ def _factor_tile(p_data, columns, b_d, m_d, SIDE: tl.constexpr, C: tl.constexpr)
 
 @triton.jit
 def _store(
-    p_coordinates,
-    p_G,
+    out,
+    place,
+    first,
     b_P,
     b_G,
-    b_k,
-    first,
-    n_adapters,
-    n_modules,
-    o_slot,
-    m_block,
     SIDE: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Coordinates and Gram matrices of one strip, whose adapters are from `first` on."""
+    p_coordinates, p_G = out
+    o_slot, n_adapters, n_modules, b_k, m_block = place
     b_c = tl.arange(0, GROUP * R)
     i_adapter = first + b_c // R
     o_entry = o_slot + i_adapter * n_modules
