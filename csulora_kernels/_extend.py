@@ -16,12 +16,17 @@ def basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def append_basis(
-    p_out, p_basis, p_entries, p_out_entries, p_modules,
-    n_adapters, n_modules, i_module, i_group, d_from, d_to,
-    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    batch,
+    part,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     VEC_D: tl.constexpr,
-):  # fmt: skip
+):
     """Rows r to r + k of A': V^T as it is."""
+    _, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, d_from, d_to = part
     length = tl.multiple_of(tl.load(p_modules + i_module * 5 + 1), VEC_D)
     k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
     p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 4), 4)
@@ -45,12 +50,20 @@ def append_basis(
 
 @triton.jit
 def extend_B(
-    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_c,
-    n_adapters, n_modules, i_module, i_group, d_from, d_to,
-    GROUP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, VEC_R: tl.constexpr, VEC_D: tl.constexpr,
-):  # fmt: skip
+    batch,
+    part,
+    p_c,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VEC_R: tl.constexpr,
+    VEC_D: tl.constexpr,
+):
     """B' = [B, U c] (d_out, r + k) of GROUP adapters."""
+    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, d_from, d_to = part
     length = tl.multiple_of(tl.load(p_modules + i_module * 5), VEC_D)
     k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
     p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 3), 4)

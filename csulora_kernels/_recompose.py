@@ -70,33 +70,32 @@ def recompose_kernel(
     i_group = tl.load(p_item + 2)
     d_from = tl.multiple_of(tl.load(p_item + 3), BLOCK_D)
     d_to = tl.multiple_of(tl.load(p_item + 4), VEC_D)
-    # fmt: off
+    batch = (
+        p_data,
+        p_out,
+        p_basis,
+        p_entries,
+        p_out_entries,
+        p_modules,
+        n_adapters,
+        n_modules,
+    )
+    part = (i_module, i_group, d_from, d_to)
     if tl.load(p_item) == 0:
         if KIND_B == EXTENDED:
-            extend_B(
-                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_left,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                GROUP_B, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D,
-            )
+            extend_B(batch, part, p_left, GROUP_B, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D)
         elif KIND_B != SHIFTED:
             _recompose_side(
-                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_B, p_left, p_X_out,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                0, KIND_B, H, 1, GROUP_B, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
-            )
+                batch, part, (p_G_B, p_left, p_X_out), 0, KIND_B, H, 1, GROUP_B,
+                K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
+            )  # fmt: skip
     else:
         _recompose_side(
-            p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_A, p_Z, p_Y_out,
-            n_adapters, n_modules, i_module, i_group, d_from, d_to,
-            1, KIND_A, H, H, GROUP_A, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
-        )
+            batch, part, (p_G_A, p_Z, p_Y_out), 1, KIND_A, H, H, GROUP_A,
+            K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
+        )  # fmt: skip
         if KIND_A == EXTENDED:
-            append_basis(
-                p_out, p_basis, p_entries, p_out_entries, p_modules,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                GROUP_A, K, BLOCK_K, BLOCK_D, VEC_D,
-            )
-    # fmt: on
+            append_basis(batch, part, GROUP_A, K, BLOCK_K, BLOCK_D, VEC_D)
 
 
 @triton.constexpr_function
@@ -107,21 +106,9 @@ def group_of(GROUP, BLOCK_J, ROWS):
 
 @triton.jit
 def _recompose_side(
-    p_data,
-    p_out,
-    p_basis,
-    p_entries,
-    p_out_entries,
-    p_modules,
-    p_G,
-    p_Z,
-    p_Y,
-    n_adapters,
-    n_modules,
-    i_module,
-    i_group,
-    d_from,
-    d_to,
+    batch,
+    part,
+    coefficients,
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
     KIND: tl.constexpr,
     H: tl.constexpr,  # rank of the result, in r
@@ -138,6 +125,9 @@ def _recompose_side(
     EMULATE: tl.constexpr,
 ):
     """One stretch of d of the new factors of GROUP adapters."""
+    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, d_from, d_to = part
+    p_G, p_Z, p_Y = coefficients
     ROWS: tl.constexpr = H_Z * R  # of one adapter
     C: tl.constexpr = GROUP * R
     J: tl.constexpr = BLOCK_J if BLOCK_J < GROUP * ROWS else GROUP * ROWS

@@ -38,6 +38,7 @@ KNOWN_SPILLS = {
     (90, "realign", "float32", 16): 8,
     (90, "recompose", "float32", 16): 8,
     (80, "project", "float32", 128): 400,
+    (100, "solve", "float32", 32): 8,
     (100, "solve", "float32", 64): 8,
     (100, "solve", "float32", 128): 8,
 }
