@@ -185,6 +185,8 @@ def complaints(c, found):
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
+    if found["gaps"] and (name == "project" or c["arch"] == 90):
+        yield f"copies with gaps: {found['gaps']}"
     if found["beyond"]:
         yield f"operands read past their end: {found['beyond']}"
     if name in ("project", "recompose", "displacement"):
