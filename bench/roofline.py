@@ -113,7 +113,7 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     gram = 3 if work.dtype == torch.float32 else 1
     groups = -(-N // tiles.group)
     C = tiles.group * R
-    project = 2 * work.length * groups * (parts * K * C + gram * C * C)
+    project = 2 * work.length * groups * (parts * K * C + gram * C * R)
     # A product with the cores of several adapters is one with the zeros between them.
     H, split = work.kind.halves, 3
     core = 3 if work.dtype != torch.bfloat16 else 2

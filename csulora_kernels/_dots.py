@@ -46,31 +46,51 @@ def rounded_parts(w):
 
 
 @triton.jit
-def basis_product(w, x, EMULATE: tl.constexpr):
-    """w x, (K, C) float32, for a basis tile w (K, D) float32 and a factor tile x (D, C)."""
-    acc = tl.zeros([w.shape[0], x.shape[1]], tl.float32)
-    if x.dtype == tl.bfloat16:
+def basis_parts(w, stored: tl.constexpr):
+    """What products of a float32 basis tile with factors of that type multiply: high, middle, low."""
+    if stored == tl.bfloat16:
         high, rest = _cut(w)
         middle, rest = _cut(rest)
-        low = rest.to(tl.bfloat16)  # eight bits are left: exact
+        return high, middle, rest.to(tl.bfloat16)  # eight bits are left: exact
+    elif stored == tl.float16:
+        w = w * LIFT
+        high = w.to(tl.float16)
+        low = (w - high.to(tl.float32)).to(tl.float16)
+        return high, low, low
+    else:
+        return w, w, w
+
+
+@triton.jit
+def basis_product(parts, x, EMULATE: tl.constexpr):
+    """w x, (K, C) float32, for the parts of a basis tile w (K, D) and a factor tile x (D, C)."""
+    high, middle, low = parts
+    acc = tl.zeros([high.shape[0], x.shape[1]], tl.float32)
+    if x.dtype == tl.bfloat16:
         acc = product(low, x, acc, EMULATE)
         acc = product(middle, x, acc, EMULATE)
         acc = product(high, x, acc, EMULATE)
     elif x.dtype == tl.float16:
-        w = w * LIFT
-        high = w.to(tl.float16)
-        low = (w - high.to(tl.float32)).to(tl.float16)
         acc = product(low, x, acc, EMULATE)
         acc = product(high, x, acc, EMULATE) * (1.0 / LIFT)
     else:
-        acc = tl.dot(w, x, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
+        acc = tl.dot(high, x, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
     return acc
 
 
 @triton.jit
-def gram_product(x, EMULATE: tl.constexpr):
-    """x^T x, (C, C) float32, for a factor tile x (D, C); products of 16-bit entries are exact."""
-    y = x
+def gram_products(x, GROUP: tl.constexpr, EMULATE: tl.constexpr):
+    """(GROUP, R, R): x^T x of each of the GROUP blocks of R columns of a factor tile x (D, GROUP R).
+
+    Products of 16-bit entries are exact. A block alone wastes nothing on products of two adapters.
+    """
+    y = tl.trans(x)
     if EMULATE:
-        y = x.to(tl.float32)
-    return tl.dot(tl.trans(y), y, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
+        y = y.to(tl.float32)
+    if GROUP == 1:
+        one = tl.dot(y, tl.trans(y), input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
+        return tl.reshape(one, (1, x.shape[1], x.shape[1]))
+    y = tl.reshape(y, (GROUP, x.shape[1] // GROUP, x.shape[0]))
+    return tl.dot(
+        y, tl.permute(y, (0, 2, 1)), input_precision="tf32x3", max_num_imprecise_acc=SEPARATE
+    )

@@ -1,7 +1,8 @@
 """First stage: P = U^T B, Q = A V and the Gram matrices, for all modules, adapters and both sides.
 
 One streaming launch reads every factor once. A program takes one stretch of d of one side of one
-module and up to GROUP adapters: their columns share each basis tile. Adapters of a module are
+module and up to GROUP adapters, or twice as many in two strips: their columns share each basis tile, what it takes
+to split it and its bytes through L2. Adapters of a module are
 neighbours in the work list, so the basis comes from DRAM once and from L2 for the others.
 
 A stretch of d gives a partial sum in its own slot; slot 0 is the result, and where a module has more
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csulora_kernels._dots import basis_product, gram_product
+from csulora_kernels._dots import basis_parts, basis_product, gram_products
 
 
 @triton.jit(do_not_specialize=["n_adapters", "n_modules"])
@@ -33,6 +34,7 @@ def project_kernel(
     K: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    STRIPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VEC_R: tl.constexpr,
@@ -40,112 +42,166 @@ def project_kernel(
     EMULATE: tl.constexpr,
 ):
     p_item = p_work + tl.program_id(0) * 7
+    side = tl.load(p_item)
     i_module = tl.load(p_item + 1)
     i_group = tl.load(p_item + 2)
     i_block = tl.load(p_item + 3)
     i_split = tl.load(p_item + 4)
     d_from = tl.multiple_of(tl.load(p_item + 5), BLOCK_D)
     d_to = tl.multiple_of(tl.load(p_item + 6), VEC_D)
-    # fmt: off
-    if tl.load(p_item) == 0:
+    batch = (p_data, p_basis, p_entries, p_modules, n_adapters, n_modules)
+    part = (i_module, i_group, i_block, i_split, d_from, d_to)
+    if side == 0:
+        out = (p_P, p_G_B)
         _project_side(
-            p_data, p_basis, p_entries, p_modules, p_P, p_G_B, n_adapters, n_modules,
-            i_module, i_group, i_block, i_split, d_from, d_to,
-            0, K, R, GROUP, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE,
+            batch, part, out, 0, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
         )
     else:
+        out = (p_Q, p_G_A)
         _project_side(
-            p_data, p_basis, p_entries, p_modules, p_Q, p_G_A, n_adapters, n_modules,
-            i_module, i_group, i_block, i_split, d_from, d_to,
-            1, K, R, GROUP, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE,
+            batch, part, out, 1, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
         )
-    # fmt: on
 
 
 @triton.jit
 def _project_side(
-    p_data,
-    p_basis,
-    p_entries,
-    p_modules,
-    p_coordinates,
-    p_G,
-    n_adapters,
-    n_modules,
-    i_module,
-    i_group,
-    i_block,
-    i_split,
-    d_from,
-    d_to,
+    batch,
+    part,
+    out,
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
     K: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    STRIPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VEC_R: tl.constexpr,
     VEC_D: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """One stretch of d: C = GROUP R columns of B (or rows of A) against BLOCK_K directions."""
+    """One stretch of d: one or two strips of C = GROUP R columns of B (or rows of A) against BLOCK_K directions."""
+    p_data, p_basis, p_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, i_block, i_split, d_from, d_to = part
     C: tl.constexpr = GROUP * R
+    TYPE: tl.constexpr = p_data.dtype.element_ty
     length = tl.multiple_of(tl.load(p_modules + i_module * 5 + SIDE), VEC_D)
     k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
     o_basis = tl.multiple_of(tl.load(p_modules + i_module * 5 + 3 + SIDE), 4)
-
-    b_c = tl.arange(0, C)
-    i_row = b_c % R
-    i_adapter = i_group * GROUP + b_c // R
-    m_adapter = i_adapter < n_adapters
-    i_entry = (i_adapter * n_modules + i_module).to(tl.int64)
-    r = tl.load(p_entries + i_entry * 3, mask=m_adapter, other=0)
-    o_factor = tl.load(p_entries + i_entry * 3 + 1 + SIDE, mask=m_adapter, other=0)
-    m_c = i_row < r
-    if SIDE == 0:
-        # Constant over one adapter's R columns, and contiguous within them.
-        r = tl.max_constancy(tl.multiple_of(r, VEC_R), R)
-        m_c = tl.max_constancy(m_c, VEC_R)
-        o_c = tl.max_contiguous(tl.multiple_of(o_factor + i_row, VEC_R), VEC_R)
-    else:
-        o_c = tl.multiple_of(o_factor + i_row * length, VEC_D)
     b_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = b_k < k
     o_k = o_basis + b_k.to(tl.int64) * length
-
-    b_coordinates = tl.zeros([BLOCK_K, C], tl.float32)
-    b_G = tl.zeros([C, C], tl.float32)
+    first = i_group * (GROUP * STRIPS)
+    second = first + GROUP
+    p_e = p_entries + i_module * 3
+    one = _columns(p_e, first, n_adapters, n_modules, length, SIDE, GROUP, R, VEC_R, VEC_D)
+    b_P = tl.zeros([BLOCK_K, C], tl.float32)
+    b_G = tl.zeros([GROUP, R, R], tl.float32)
+    if STRIPS == 2:
+        two = _columns(p_e, second, n_adapters, n_modules, length, SIDE, GROUP, R, VEC_R, VEC_D)
+        b_P2 = tl.zeros([BLOCK_K, C], tl.float32)
+        b_G2 = tl.zeros([GROUP, R, R], tl.float32)
     for d in range(d_from, d_to, BLOCK_D):
         b_d = d + tl.arange(0, BLOCK_D)
         m_d = tl.max_constancy(b_d < d_to, VEC_D)
         b_w = tl.load(
             p_basis + (o_k[:, None] + b_d[None, :]), mask=m_k[:, None] & m_d[None, :], other=0.0
         )
-        if SIDE == 0:
-            b_x = tl.load(
-                p_data + (o_c[None, :] + b_d[:, None].to(tl.int64) * r[None, :]),
-                mask=m_d[:, None] & m_c[None, :],
-                other=0.0,
-            )
-        else:
-            b_xt = tl.load(
-                p_data + (o_c[:, None] + b_d[None, :]),
-                mask=m_c[:, None] & m_d[None, :],
-                other=0.0,
-            )
-            b_x = tl.trans(b_xt)
-        b_coordinates += basis_product(b_w, b_x, EMULATE)
-        b_G += gram_product(b_x, EMULATE)
+        parts = basis_parts(b_w, TYPE)
+        b_x = _factor_tile(p_data, one, b_d, m_d, SIDE, C)
+        b_P += basis_product(parts, b_x, EMULATE)
+        b_G += gram_products(b_x, GROUP, EMULATE)
+        if STRIPS == 2:
+            b_x2 = _factor_tile(p_data, two, b_d, m_d, SIDE, C)
+            b_P2 += basis_product(parts, b_x2, EMULATE)
+            b_G2 += gram_products(b_x2, GROUP, EMULATE)
+    o_slot = i_split.to(tl.int64) * n_adapters * n_modules + i_module
+    place = (o_slot, n_adapters, n_modules, b_k, i_block == 0)
+    _store(out, place, first, b_P, b_G, SIDE, K, R, GROUP)
+    if STRIPS == 2:
+        _store(out, place, second, b_P2, b_G2, SIDE, K, R, GROUP)
 
-    i_slot = i_split.to(tl.int64) * n_adapters * n_modules + i_entry
+
+@triton.jit
+def _columns(
+    p_entries,
+    first,
+    n_adapters,
+    n_modules,
+    length,
+    SIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    VEC_R: tl.constexpr,
+    VEC_D: tl.constexpr,
+):
+    """Offset, mask and rank of each column of B, or row of A: (GROUP R), for rows (GROUP, R)."""
     if SIDE == 0:
-        o_out = (i_slot[None, :] * K + b_k[:, None]) * R + i_row[None, :]
+        b_c = tl.arange(0, GROUP * R)
+        i_row = b_c % R
+        i_adapter = first + b_c // R
+        m_adapter = i_adapter < n_adapters
+        o_entry = (i_adapter * n_modules).to(tl.int64) * 3
+        r = tl.load(p_entries + o_entry, mask=m_adapter, other=0)
+        o_c = tl.load(p_entries + o_entry + 1, mask=m_adapter, other=0) + i_row
+        # Constant over one adapter's R columns, and contiguous within them.
+        r = tl.max_constancy(tl.multiple_of(r, VEC_R), R)
+        o_c = tl.max_contiguous(tl.multiple_of(o_c, VEC_R), VEC_R)
+        return o_c, tl.max_constancy(i_row < r, VEC_R), r
     else:
-        o_out = (i_slot[None, :] * R + i_row[None, :]) * K + b_k[:, None]
-    tl.store(p_coordinates + o_out, b_coordinates, mask=m_adapter[None, :] & (b_k < K)[:, None])
-    # Products of two different adapters are by-products; and one block of directions is enough.
-    m_G = (i_adapter[:, None] == i_adapter[None, :]) & m_adapter[:, None] & (i_block == 0)
-    tl.store(p_G + (i_slot[:, None] * R + i_row[:, None]) * R + i_row[None, :], b_G, mask=m_G)
+        i_row = tl.arange(0, R)
+        i_adapter = first + tl.arange(0, GROUP)
+        m_adapter = i_adapter < n_adapters
+        o_entry = (i_adapter * n_modules).to(tl.int64) * 3
+        r = tl.load(p_entries + o_entry, mask=m_adapter, other=0)
+        o_A = tl.load(p_entries + o_entry + 2, mask=m_adapter, other=0)
+        o_c = tl.multiple_of(o_A[:, None] + (i_row * length)[None, :], (VEC_D, VEC_D))
+        return o_c, i_row[None, :] < r[:, None], r
+
+
+@triton.jit
+def _factor_tile(p_data, columns, b_d, m_d, SIDE: tl.constexpr, C: tl.constexpr):
+    """(BLOCK_D, C) of B, or of A^T."""
+    o_c, m_c, r = columns
+    if SIDE == 0:
+        o_x = o_c[None, :] + b_d[:, None].to(tl.int64) * r[None, :]
+        return tl.load(p_data + o_x, mask=m_d[:, None] & m_c[None, :], other=0.0)
+    else:
+        # Of three dimensions: Triton gives loads of one shape one vector, eight elements where these are of
+        # 16 bits, and a thread that copies a float32 basis by eights asks L2 for every 32 bytes twice.
+        o_x = o_c[:, :, None] + b_d[None, None, :]
+        b_x = tl.load(p_data + o_x, mask=m_c[:, :, None] & m_d[None, None, :], other=0.0)
+        return tl.trans(tl.reshape(b_x, (C, b_d.shape[0])))
+
+
+@triton.jit
+def _store(
+    out,
+    place,
+    first,
+    b_P,
+    b_G,
+    SIDE: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Coordinates and Gram matrices of one strip, whose adapters are from `first` on."""
+    p_coordinates, p_G = out
+    o_slot, n_adapters, n_modules, b_k, m_block = place
+    b_c = tl.arange(0, GROUP * R)
+    i_adapter = first + b_c // R
+    o_entry = o_slot + i_adapter * n_modules
+    if SIDE == 0:
+        o_out = (o_entry[None, :] * K + b_k[:, None]) * R + (b_c % R)[None, :]
+    else:
+        o_out = (o_entry * R + b_c % R)[None, :] * K + b_k[:, None]
+    m_out = (i_adapter < n_adapters)[None, :] & (b_k < K)[:, None]
+    tl.store(p_coordinates + o_out, b_P, mask=m_out)
+    # One block of directions is enough.
+    i_G = first + tl.arange(0, GROUP)
+    o_row = (o_slot + i_G * n_modules)[:, None] * R + tl.arange(0, R)[None, :]
+    o_G = o_row[:, :, None] * R + tl.arange(0, R)[None, None, :]
+    tl.store(p_G + o_G, b_G, mask=(i_G < n_adapters)[:, None, None] & m_block)
 
 
 @triton.jit(do_not_specialize=["n_modules", "split_length"])

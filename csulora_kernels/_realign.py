@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 
 from csulora_kernels._smallmat import (
+    block_energies,
     gram_of_coordinates,
     inner,
     negative_inverse,
+    slot,
     symmetric_difference,
     tile,
     tile_count,
@@ -31,10 +33,7 @@ SMALLEST_NORMAL = tl.constexpr(2.0**-1022)
 STEP = tl.constexpr(DIRECTIONS)  # K is a multiple of it
 
 # Scratch of one program: matrices; then Y^T and Z^T (K, R) and f, t (K).
-IN_B = tl.constexpr(0)  # Gram matrices of B and A in the subspace, and of B outside
-IN_A = tl.constexpr(1)
-OUT_B = tl.constexpr(2)
-OUT_A = tl.constexpr(3)
+GRAMS = tl.constexpr(0)  # G_B in, out and G_A in, out
 INVERSE = tl.constexpr(4)  # of G_B
 ZZ = tl.constexpr(5)
 YY = tl.constexpr(6)
@@ -83,22 +82,22 @@ def realign_kernel(
         p_Pe = p_P + e * K * R
         p_Qe = p_Q + e * K * R
         p_G = p_G_B + e * RR
-        gram_of_coordinates(p_s, IN_B, p_Pe, R, 1, K, R, T)
-        gram_of_coordinates(p_s, IN_A, p_Qe, 1, K, K, R, T)
-        symmetric_difference(p_s, OUT_B, p_G, IN_B, R, T)
-        symmetric_difference(p_s, OUT_A, p_G_A + e * RR, IN_A, R, T)
-        ff = inner(p_s, IN_B, 0, IN_A, 0, R, T, False)
-        fo = inner(p_s, IN_B, 0, OUT_A, 0, R, T, False)
-        of = inner(p_s, OUT_B, 0, IN_A, 0, R, T, False)
-        oo = inner(p_s, OUT_B, 0, OUT_A, 0, R, T, False)
+        in_B = slot(GRAMS)
+        out_B = slot(GRAMS) + 1
+        in_A = slot(GRAMS) + 2
+        gram_of_coordinates(p_s, in_B, p_Pe, R, 1, K, R, T)
+        gram_of_coordinates(p_s, in_A, p_Qe, 1, K, K, R, T)
+        symmetric_difference(p_s, out_B, p_G, in_B, R, T)
+        symmetric_difference(p_s, in_A + 1, p_G_A + e * RR, in_A, R, T)
+        ff, fo, of, oo = block_energies(p_s, in_B, R, T)
         energy = ff + fo + of + oo
         inverse_energy = tl.where(energy > 0, 1.0 / tl.where(energy > 0, energy, 1.0), 0.0)
-        tl.store(p_energy + e, tl.maximum(energy, 0.0))
+        tl.store(p_energy + e, energy)
         p_shares = p_before + e * 4
-        tl.store(p_shares, tl.maximum(ff, 0.0) * inverse_energy)
-        tl.store(p_shares + 1, tl.maximum(fo, 0.0) * inverse_energy)
-        tl.store(p_shares + 2, tl.maximum(of, 0.0) * inverse_energy)
-        tl.store(p_shares + 3, tl.maximum(oo, 0.0) * inverse_energy)
+        tl.store(p_shares, ff * inverse_energy)
+        tl.store(p_shares + 1, fo * inverse_energy)
+        tl.store(p_shares + 2, of * inverse_energy)
+        tl.store(p_shares + 3, oo * inverse_energy)
 
         i_module = e % n_modules
         scaling = tl.load(p_scaling + e)
@@ -109,26 +108,26 @@ def realign_kernel(
         )  # fmt: skip
         if SAME:
             _correlations(p_s, INVERSE, p_G, R, T)
-            smallest = negative_inverse(p_s, INVERSE, 0.0, R, T, PIVOTED=False)
+            # What is no positive pivot counts as 1.
+            nothing = tl.full([], 0.0, tl.float64)
+            smallest = negative_inverse(p_s, INVERSE, nothing, nothing + 1.0, R, T)
             _scaled_back(p_s, INVERSE, p_G, smallest > SMALLEST_PIVOT, p_inverse + e * R, R, T)
         else:
             tl.store(p_inverse + e * R + tl.arange(0, R), tl.zeros([R], tl.float64))
         lost, along_z, along_y, put = _shift(
             p_s, p_Pe, p_Qe, p_f, p_t, p_y, p_z, p_Z + e * K * R, K, R, T, SAME
         )
-        gram_of_coordinates(p_s, ZZ, p_z, R, 1, K, R, T)
-        gram_of_coordinates(p_s, YY, p_y, R, 1, K, R, T)
+        gram_of_coordinates(p_s, slot(ZZ), p_z, R, 1, K, R, T)
+        gram_of_coordinates(p_s, slot(YY), p_y, R, 1, K, R, T)
         # Inside of V the update is B Z, and for `exact` U c besides.
-        new_ff = inner(p_s, IN_B, 0, ZZ, 0, R, T, False)
-        new_of = inner(p_s, OUT_B, 0, ZZ, 0, R, T, False)
-        change = inner(p_s, IN_B, 0, YY, 0, R, T, False) + inner(p_s, OUT_B, 0, YY, 0, R, T, False)
+        new_ff = inner(p_s, in_B, slot(ZZ), R, T)
+        new_of = inner(p_s, out_B, slot(ZZ), R, T)
+        change = inner(p_s, in_B, slot(YY), R, T) + inner(p_s, out_B, slot(YY), R, T)
         if not SAME:
             new_ff += 2 * along_z + put
             change += 2 * along_y + put
         new_ff = tl.maximum(new_ff, 0.0)
         new_of = tl.maximum(new_of, 0.0)
-        fo = tl.maximum(fo, 0.0)
-        oo = tl.maximum(oo, 0.0)
         p_new = p_after + e * 4
         tl.store(p_new, new_ff * inverse_energy)
         tl.store(p_new + 1, fo * inverse_energy)

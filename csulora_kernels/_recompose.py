@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from csulora_kernels._dots import SEPARATE, product, rounded_parts
+from csulora_kernels._extend import append_basis, basis_tile, extend_B
 
 PARTS = tl.constexpr(0)
 CORES = tl.constexpr(1)
@@ -69,33 +70,32 @@ def recompose_kernel(
     i_group = tl.load(p_item + 2)
     d_from = tl.multiple_of(tl.load(p_item + 3), BLOCK_D)
     d_to = tl.multiple_of(tl.load(p_item + 4), VEC_D)
-    # fmt: off
+    batch = (
+        p_data,
+        p_out,
+        p_basis,
+        p_entries,
+        p_out_entries,
+        p_modules,
+        n_adapters,
+        n_modules,
+    )
+    part = (i_module, i_group, d_from, d_to)
     if tl.load(p_item) == 0:
         if KIND_B == EXTENDED:
-            _extend_B(
-                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_left,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                GROUP_B, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D,
-            )
+            extend_B(batch, part, p_left, GROUP_B, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D)
         elif KIND_B != SHIFTED:
             _recompose_side(
-                p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_B, p_left, p_X_out,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                0, KIND_B, H, 1, GROUP_B, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
-            )
+                batch, part, (p_G_B, p_left, p_X_out), 0, KIND_B, H, 1, GROUP_B,
+                K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
+            )  # fmt: skip
     else:
         _recompose_side(
-            p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_G_A, p_Z, p_Y_out,
-            n_adapters, n_modules, i_module, i_group, d_from, d_to,
-            1, KIND_A, H, H, GROUP_A, K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
-        )
+            batch, part, (p_G_A, p_Z, p_Y_out), 1, KIND_A, H, H, GROUP_A,
+            K, R, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES, EMULATE,
+        )  # fmt: skip
         if KIND_A == EXTENDED:
-            _append_basis(
-                p_out, p_basis, p_entries, p_out_entries, p_modules,
-                n_adapters, n_modules, i_module, i_group, d_from, d_to,
-                GROUP_A, K, BLOCK_K, BLOCK_D, VEC_D,
-            )
-    # fmt: on
+            append_basis(batch, part, GROUP_A, K, BLOCK_K, BLOCK_D, VEC_D)
 
 
 @triton.constexpr_function
@@ -106,21 +106,9 @@ def group_of(GROUP, BLOCK_J, ROWS):
 
 @triton.jit
 def _recompose_side(
-    p_data,
-    p_out,
-    p_basis,
-    p_entries,
-    p_out_entries,
-    p_modules,
-    p_G,
-    p_Z,
-    p_Y,
-    n_adapters,
-    n_modules,
-    i_module,
-    i_group,
-    d_from,
-    d_to,
+    batch,
+    part,
+    coefficients,
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
     KIND: tl.constexpr,
     H: tl.constexpr,  # rank of the result, in r
@@ -137,6 +125,9 @@ def _recompose_side(
     EMULATE: tl.constexpr,
 ):
     """One stretch of d of the new factors of GROUP adapters."""
+    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    i_module, i_group, d_from, d_to = part
+    p_G, p_Z, p_Y = coefficients
     ROWS: tl.constexpr = H_Z * R  # of one adapter
     C: tl.constexpr = GROUP * R
     J: tl.constexpr = BLOCK_J if BLOCK_J < GROUP * ROWS else GROUP * ROWS
@@ -199,7 +190,7 @@ def _recompose_side(
                 p_data + (o_c[:, None] + b_d[None, :]), mask=m_c[:, None] & m_d[None, :], other=0.0
             )
         if RESIDENT:
-            w_high, w_low = rounded_parts(_basis_tile(p_w, b_d, m_d, 0, length, k, BLOCK_K))
+            w_high, w_low = rounded_parts(_basis_operand(p_w, b_d, m_d, 0, length, k, BLOCK_K))
             b_new = tl.zeros([J, BLOCK_D], tl.float32)
             b_new = product(z_low, w_high, b_new, EMULATE)
             b_new = product(z_high, w_low, b_new, EMULATE)
@@ -217,7 +208,7 @@ def _recompose_side(
                 b_new = tl.zeros([J, BLOCK_D], tl.float32) + b_wrong[:, None]
                 for k_from in tl.range(0, K, BLOCK_K, num_stages=1):
                     b_z = _coordinates(p_Z, e_j, row, i_j < n_adapters, k_from, K, ROWS, BLOCK_K)
-                    b_w = _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
+                    b_w = _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
                     b_new = _full_product(b_z, b_w, b_new, WIDE, EMULATE)
                 if KIND == CORES:
                     b_y = _cores(p_Y, e_j, i_j, i_c, row, b_c % R, n_adapters, R, ROWS, SIDE)
@@ -265,11 +256,21 @@ def _cores(
 
 
 @triton.jit
-def _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
-    """(BLOCK_K, BLOCK_D) of U^T or V^T."""
-    b_k = k_from + tl.arange(0, BLOCK_K)
-    o_w = b_k[:, None].to(tl.int64) * length + b_d[None, :]
-    return tl.load(p_w + o_w, mask=(b_k < k)[:, None] & m_d[None, :], other=0.0)
+def _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
+    """The same, loaded without gaps.
+
+    Triton gives loads and stores of one shape the vector of the narrowest type: eight elements, of which a
+    thread then copies four at a time, and with L1 passed by L2 is asked for every 32 bytes twice.
+    A shape of its own, of three dimensions, keeps this one apart. Not for the shorter tiles of sm_80, where
+    Triton would copy that shape four bytes at a time.
+    """
+    if b_d.shape[0] < 64:
+        return basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
+    b_k = tl.arange(0, 2)[:, None] * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    b_k += k_from
+    o_w = b_k.to(tl.int64)[:, :, None] * length + b_d[None, None, :]
+    b_w = tl.load(p_w + o_w, mask=(b_k < k)[:, :, None] & m_d[None, None, :], other=0.0)
+    return tl.reshape(b_w, (BLOCK_K, b_d.shape[0]))
 
 
 @triton.jit
@@ -327,71 +328,3 @@ def _store_rows(
             b_new.to(TYPE),
             mask=m_j[:, None] & m_d[None, :],
         )
-
-
-@triton.jit
-def _append_basis(
-    p_out, p_basis, p_entries, p_out_entries, p_modules,
-    n_adapters, n_modules, i_module, i_group, d_from, d_to,
-    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    VEC_D: tl.constexpr,
-):  # fmt: skip
-    """Rows r to r + k of A': V^T as it is."""
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + 1), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 4), 4)
-    for d in range(d_from, d_to, BLOCK_D):
-        b_d = d + tl.arange(0, BLOCK_D)
-        m_d = tl.max_constancy(b_d < d_to, VEC_D)
-        for k_from in range(0, K, BLOCK_K):
-            b_k = k_from + tl.arange(0, BLOCK_K)
-            b_w = _basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
-            for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
-                e = (i * n_modules + i_module).to(tl.int64)
-                r = tl.load(p_entries + e * 3)
-                o_A = tl.multiple_of(tl.load(p_out_entries + e * 3 + 2), VEC_D)
-                o_row = tl.multiple_of(o_A + (r + b_k) * length, VEC_D)
-                tl.store(
-                    p_out + (o_row[:, None] + b_d[None, :]),
-                    b_w.to(p_out.dtype.element_ty),
-                    mask=((b_k < k) & (r > 0))[:, None] & m_d[None, :],
-                )
-
-
-@triton.jit
-def _extend_B(
-    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, p_c,
-    n_adapters, n_modules, i_module, i_group, d_from, d_to,
-    GROUP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, VEC_R: tl.constexpr, VEC_D: tl.constexpr,
-):  # fmt: skip
-    """B' = [B, U c] (d_out, r + k) of GROUP adapters."""
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 3), 4)
-    b_r = tl.arange(0, R)
-    for d in range(d_from, d_to, BLOCK_D):
-        b_d = d + tl.arange(0, BLOCK_D)
-        m_d = tl.max_constancy(b_d < d_to, VEC_D)
-        for k_from in range(0, K, BLOCK_K):
-            b_k = k_from + tl.arange(0, BLOCK_K)
-            b_w = tl.trans(_basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K))
-            for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
-                e = (i * n_modules + i_module).to(tl.int64)
-                r = tl.multiple_of(tl.load(p_entries + e * 3), VEC_R)
-                o_B = tl.multiple_of(tl.load(p_out_entries + e * 3 + 1), VEC_R)
-                stride = tl.multiple_of(r + k, VEC_R)
-                o_row = o_B + b_d[:, None].to(tl.int64) * stride
-                b_c = tl.load(p_c + e * K + b_k)
-                tl.store(
-                    p_out + (o_row + (r + b_k)[None, :]),
-                    (b_w * b_c[None, :]).to(p_out.dtype.element_ty),
-                    mask=m_d[:, None] & tl.max_constancy((b_k < k) & (r > 0), VEC_R)[None, :],
-                )
-                if k_from == 0:
-                    o_old = tl.multiple_of(tl.load(p_entries + e * 3 + 1), VEC_R)
-                    m_old = m_d[:, None] & tl.max_constancy(b_r < r, VEC_R)[None, :]
-                    b_B = tl.load(
-                        p_data + (o_old + b_d[:, None].to(tl.int64) * r + b_r[None, :]), mask=m_old
-                    )
-                    tl.store(p_out + (o_row + b_r[None, :]), b_B, mask=m_old)

@@ -63,6 +63,7 @@ def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
             K=tiles.K,
             R=tiles.R,
             GROUP=tiles.group,
+            STRIPS=tiles.strips,
             BLOCK_K=tiles.project.block_k,
             BLOCK_D=tiles.project.block_d,
             VEC_R=table.vec_r,

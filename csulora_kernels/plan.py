@@ -15,7 +15,7 @@ from csulora_kernels.tiles import Tiles
 
 
 def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tensor:
-    """(programs, 7) int32: side, module, group of adapters, block of k, split, d from, d to."""
+    """(programs, 7) int32: side, module, group * strips adapters, block of k, split, d from, d to."""
     rows = []
     for m, shape in enumerate(shapes):
         # One program a group even where k = 0: the Gram matrices are wanted all the same.
@@ -23,7 +23,7 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
         for side, d in enumerate((shape.d_out, shape.d_in)):
             for split, start in enumerate(range(0, d, tiles.split_length)):
                 end = min(start + tiles.split_length, d)
-                for group in range(-(-adapters // tiles.group)):
+                for group in range(-(-adapters // (tiles.group * tiles.strips))):
                     rows += [(side, m, group, block, split, start, end) for block in range(blocks)]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 7)
 

@@ -16,8 +16,11 @@ from csulora_kernels.layout import Shape
 DIRECTIONS = 64  # K is a multiple of it
 REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
-SOLVE_MATRICES = 26  # R x R float64 scratch matrices of one program of solve
-REALIGN_MATRICES = 7  # the same of realign, which has two K x R ones and two vectors of K besides
+# R x R float64 scratch matrices of one program of solve, by form, and of realign, which has two K x R ones and two
+# vectors of K besides.
+EXACT_MATRICES = 15
+SAME_MATRICES = 27
+REALIGN_MATRICES = 7
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Tiles:
     R: int  # ranks padded to a power of two
     K: int  # directions padded to a multiple of DIRECTIONS
     group: int  # most adapters that share one basis tile
+    strips: int  # of `group` adapters in one program of project, 1 or 2
     project: Launch
     split_length: int  # d of one program in project, a multiple of its block_d
     solve_tile: int
@@ -91,15 +95,19 @@ def choose(
     K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
     group = max(1, 64 // R) if adapters > 1 else 1
+    # Two strips of such columns share what a basis tile costs: its bytes through L2 and its splitting.
+    strips = 2 if R == 16 and adapters > group and dtype != torch.float32 else 1
     project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
-    groups = -(-adapters // group) * (K // project.block_k)
+    blocks = K // project.block_k
+    groups = -(-adapters // (group * strips)) * blocks
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
     split_length = 16384
     while (
         split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
     ):
         split_length //= 2
+    groups = -(-adapters // group) * blocks
     recompose_length = 4096
     while recompose_length > 512 and groups * sum(-(-d // recompose_length) for d in lengths) < (
         16 * processors
@@ -116,6 +124,7 @@ def choose(
         R=R,
         K=K,
         group=group,
+        strips=strips,
         project=project,
         split_length=split_length,
         solve_tile=solve_tile,

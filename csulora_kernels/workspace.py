@@ -12,7 +12,15 @@ from torch import Tensor
 from csulora_kernels import plan
 from csulora_kernels.layout import Basis, Shape, Table
 from csulora_kernels.settings import Kind, kind_of
-from csulora_kernels.tiles import MAX_RANK, REALIGN_MATRICES, SOLVE_MATRICES, Tiles, choose, fault
+from csulora_kernels.tiles import (
+    EXACT_MATRICES,
+    MAX_RANK,
+    REALIGN_MATRICES,
+    SAME_MATRICES,
+    Tiles,
+    choose,
+    fault,
+)
 
 
 class Projection(NamedTuple):
@@ -205,7 +213,7 @@ def _found_buffers(
 
 def _scratch(tiles: Tiles, kind: Kind, device: torch.device) -> Tensor:
     R, K = tiles.R, tiles.K
-    size = SOLVE_MATRICES * R * R
+    size = (SAME_MATRICES if kind.form == "same" else EXACT_MATRICES) * R * R
     if kind.method == "realign":
         size = REALIGN_MATRICES * R * R + 2 * K * R + 2 * K
     return torch.empty(tiles.solve_programs, size, dtype=torch.float64, device=device)

@@ -86,8 +86,25 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
         "tensor_core": _count(sass, r"\b((?:HMMA|HGMMA|DMMA|QGMMA|UTCHMMA|UTCQMMA)[.\w]*)"),
         "spills_in_loops": _spills_in_product_loops(sass),
         "beyond": _beyond(compiled.asm["ttgir"]),
+        "gaps": _gaps(compiled.asm["ttgir"]),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
     }
+
+
+def _gaps(ttgir: str) -> list[str]:
+    """Copies past L1 in which a thread takes more elements side by side than one instruction copies: each
+    instruction then leaves gaps, and L2 is asked for the same 32 bytes several times."""
+    widths = {
+        name: max(map(int, sizes.split(",")))
+        for name, sizes in re.findall(
+            r"(#blocked\d*) = #ttg\.blocked<{sizePerThread = \[([^]]*)", ttgir
+        )
+    }
+    copies = re.findall(
+        r"async_copy_global_to_local .*{contiguity = (\d+) .*: tensor<([^,]*), (#blocked\d*)>",
+        ttgir,
+    )
+    return sorted({tile for width, tile, name in copies if widths[name] > int(width)})
 
 
 def _beyond(ttgir: str) -> list[str]:

@@ -56,7 +56,8 @@ def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_on
     tiles = work.tiles()
     covered = plan.project_work(work.shapes, adapters, tiles)
     stretches = (covered[:, 6] - covered[:, 5]).long()
-    members = (adapters - covered[:, 2] * tiles.group).clamp(max=tiles.group)
+    width = tiles.group * tiles.strips
+    members = (adapters - covered[:, 2] * width).clamp(max=width)
     assert int((stretches * members).sum()) * 16 * 2 == work.factors
     halves, sides = work.kind.halves, (0, 1) if work.kind.writes_B else (1,)
     written = plan.recompose_work(work.shapes, adapters, tiles, halves, sides).long()

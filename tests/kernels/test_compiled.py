@@ -38,6 +38,7 @@ KNOWN_SPILLS = {
     (90, "realign", "float32", 16): 8,
     (90, "recompose", "float32", 16): 8,
     (80, "project", "float32", 128): 400,
+    (100, "solve", "float32", 32): 8,
     (100, "solve", "float32", 64): 8,
     (100, "solve", "float32", 128): 8,
 }
@@ -55,6 +56,7 @@ def configurations(arch, dtype, r, k, adapters):
         **vectors,
         "kernel": "project",
         "GROUP": tiles.group,
+        "STRIPS": tiles.strips,
         "BLOCK_K": tiles.project.block_k,
         "BLOCK_D": tiles.project.block_d,
         "EMULATE": False,
@@ -183,6 +185,8 @@ def complaints(c, found):
         yield f"spills: {found['spill_stores']} stores, {found['spill_loads']} loads"
     if found["shared"] > SHARED_MEMORY[c["arch"]] * 1024:
         yield f"{found['shared']} bytes of shared memory"
+    if found["gaps"] and (name == "project" or c["arch"] == 90):
+        yield f"copies with gaps: {found['gaps']}"
     if found["beyond"]:
         yield f"operands read past their end: {found['beyond']}"
     if name in ("project", "recompose", "displacement"):
@@ -219,7 +223,17 @@ def print_table(chosen, facts):
     for c, f in zip(chosen, facts, strict=True):
         constants = " ".join(
             f"{k}={c[k]}"
-            for k in ("R", "K", "GROUP", "KIND_A", "SAME", "GRANULARITY", "BLOCK_C", "TRANSPOSED")
+            for k in (
+                "R",
+                "K",
+                "GROUP",
+                "STRIPS",
+                "KIND_A",
+                "SAME",
+                "GRANULARITY",
+                "BLOCK_C",
+                "TRANSPOSED",
+            )
             if k in c
         )
         print(
