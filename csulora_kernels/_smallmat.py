@@ -128,6 +128,15 @@ def extrapolate(p_s, c, a, b, factor, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _largest(b_x):
+    """The largest entry of a vector and where it is; a NaN counts as -1, which is no pivot.
+
+    Without that the place would be any, and Triton's interpreter (3.9.0) fails where all are NaN.
+    """
+    return tl.max(tl.where(b_x == b_x, b_x, -1.0), axis=0, return_indices=True)
+
+
+@triton.jit
 def _sweep_tile(b_s, smallest, T: tl.constexpr, PIVOTED: tl.constexpr):
     """-(s^-1) for a symmetric positive semidefinite tile, and its smallest pivot: the sweep operator.
 
@@ -144,7 +153,7 @@ def _sweep_tile(b_s, smallest, T: tl.constexpr, PIVOTED: tl.constexpr):
     for step in range(T):
         if PIVOTED:
             b_diagonal = tl.sum(tl.where(row == column, b_s, 0.0), axis=0)
-            pivot, n = tl.max(tl.where(b_left > 0, b_diagonal, -1.0), axis=0, return_indices=True)
+            pivot, n = _largest(tl.where(b_left > 0, b_diagonal, -1.0))
             regular = pivot > smallest
         else:
             n = step
@@ -225,7 +234,7 @@ def pivoted_cholesky(p_s, l, g, p_scale, tolerance, R: tl.constexpr, T: tl.const
     b_scale = tl.load(p_scale + b_i * (R + 1)).to(tl.float64)
     b_scale = tl.where(b_scale > 0, 1.0 / tl.where(b_scale > 0, b_scale, 1.0), 0.0)
     step = 0
-    largest, n = tl.max(b_rest * b_scale, axis=0, return_indices=True)
+    largest, n = _largest(b_rest * b_scale)
     while (step < R) & (largest > tolerance):
         pivot = tl.sum(tl.where(b_i == n, b_rest, 0.0), axis=0)
         b_column = tl.load(p_g + n * R + b_i)
@@ -239,7 +248,7 @@ def pivoted_cholesky(p_s, l, g, p_scale, tolerance, R: tl.constexpr, T: tl.const
         b_rest = tl.where(b_i == n, 0.0, tl.maximum(b_rest - b_column * b_column, 0.0))
         tl.store(p_l + b_i * R + step, b_column)
         tl.debug_barrier()
-        largest, n = tl.max(b_rest * b_scale, axis=0, return_indices=True)
+        largest, n = _largest(b_rest * b_scale)
         step += 1
     tl.debug_barrier()
 
