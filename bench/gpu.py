@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import triton
-from roofline import FORMS, Workload, stage_bytes
-from shapes import MODELS
+from roofline import stage_bytes
 from torch import Tensor
+from workloads import FORMS, Workload, batch, method_of, spectrum_of
 
 import csulora_kernels as kernels
 from csulora import Correction, Realignment
@@ -36,7 +36,6 @@ from csulora.method.stages import project, recompose, solve
 from csulora.settings import Method
 
 TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
-MODELS["toy"] = ({"a": (96, 80), "b": (72, 96)}, 1)
 Clock = Callable[[Callable[[], object]], float | None]
 
 
@@ -136,47 +135,6 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
     )
     return done.stdout.strip()
-
-
-def batch(work: Workload, device: torch.device) -> tuple[kernels.Basis, kernels.Table]:
-    """Random factors and bases; modules of one shape share values, but no memory."""
-    seen: dict[tuple[int, int], Tensor] = {}
-
-    def orthonormal(d: int, k: int) -> Tensor:
-        if (d, k) not in seen:
-            seen[d, k] = torch.linalg.qr(torch.randn(d, k, device=device))[0]
-        return seen[d, k]
-
-    bases = {
-        f"m{m}": (orthonormal(s.d_out, s.k), orthonormal(s.d_in, s.k))
-        for m, s in enumerate(work.shapes)
-    }
-    one = torch.zeros((), dtype=work.dtype, device=device)
-    blank = {
-        f"m{m}": (one.expand(s.d_out, work.r), one.expand(work.r, s.d_in))
-        for m, s in enumerate(work.shapes)
-    }
-    basis = kernels.pack_basis(bases, device)
-    table = kernels.pack([blank] * work.adapters, basis, device)
-    table.data.normal_()
-    return basis, table
-
-
-def method_of(work: Workload) -> Method:
-    """The settings of a workload: the defaults of its form, all directions of D taken."""
-    if work.kind.method == "realign":
-        return Realignment(form=work.kind.form, edge=False)
-    return Correction(form=work.kind.form)
-
-
-def spectrum_of(work: Workload, K: int, device: torch.device) -> kernels.Spectrum:
-    """Singular values that fall, of the size of the factors' product."""
-    k = max(s.k for s in work.shapes)
-    S = torch.zeros(len(work.shapes), K, dtype=torch.float64)
-    S[:, :k] = 1000.0 / (1 + torch.arange(k, dtype=torch.float64))
-    scaling = torch.full((work.adapters, len(S)), 2.0, dtype=torch.float64)
-    edge = torch.zeros(len(S), dtype=torch.float64)
-    return kernels.Spectrum(S.to(device), edge.to(device), scaling.to(device))
 
 
 def error(

@@ -3,7 +3,8 @@
     python bench/launches.py
 
 A stand-in takes each launch where Triton hands it to the driver. Needs Triton without its interpreter:
-our own code and Triton's run as on a GPU, but for what the driver does in a launch.
+our own code and Triton's run as on a GPU, but for what the driver does in a launch. bench/roofline.py
+takes from the same stand-in what would be compiled.
 """
 
 from __future__ import annotations
@@ -14,20 +15,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gpu import method_of, spectrum_of
-from roofline import FORMS, Workload
+from workloads import FORMS, Workload, batch, method_of, spectrum_of
 
 import csulora_kernels as kernels
 
 ROUNDS, CALLS = 20, 100
+PROCESSORS = 132
+
+
+class Launched(NamedTuple):
+    """One launch."""
+
+    name: str
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    compilation: tuple[Any, ...]  # function, signature, constants, attributes and options
 
 
 class Driver:
     """Triton's driver for one GPU that does nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_device(self) -> int:
         return 0
@@ -38,12 +51,12 @@ class Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 @contextmanager
-def stand_in(take: Callable[..., object]) -> Iterator[None]:
-    """Within, kernels launch from the CPU, and `take` is given the name and arguments of each launch."""
+def stand_in(take: Callable[[Launched], object], capability: int = 90) -> Iterator[None]:
+    """Within, kernels launch with tensors on no GPU, "meta" included, and `take` is given each launch."""
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -51,24 +64,28 @@ def stand_in(take: Callable[..., object]) -> Iterator[None]:
     class Compiled(CompiledKernel):
         """What Triton keeps of a compiled kernel."""
 
-        def __init__(self, name: str) -> None:
-            self._run = lambda *given: take(name, *given[9:])
+        def __init__(self, name: str, compilation: tuple[Any, ...]) -> None:
             self.name, self.function, self.packed_metadata, self.src = name, None, None, None
+            self._run = lambda *given: take(Launched(name, given[:3], given[9:], compilation))
 
         def _init_handles(self) -> None:
             pass
 
-    def compiled(self: Any, key: str, signature: Any, device: int, *_: Any) -> Compiled:
-        kernel = self.device_caches[device][0][key] = Compiled(self.fn.__name__)
+    def compiled(
+        self: Any, key: str, signature: Any, device: int, constants: Any, options: Any,
+        attributes: Any, *_: Any,
+    ) -> Compiled:  # fmt: skip
+        compilation = self, signature, constants, attributes, options.__dict__
+        kernel = self.device_caches[device][0][key] = Compiled(self.fn.__name__, compilation)
         return kernel
 
     known = driver._active
     workspaces = sys.modules["csulora_kernels.workspace"]  # `kernels.workspace` is its function
-    driver.set_active(Driver())
+    driver.set_active(Driver(capability))
     try:
         with (
             patch.object(JITFunction, "_do_compile", compiled),
-            patch.object(workspaces, "hardware", lambda device: (90, 132)),
+            patch.object(workspaces, "hardware", lambda device: (capability, PROCESSORS)),
             patch.object(workspaces, "unavailable", lambda device: None),
             patch.object(torch.cuda, "current_device", lambda: -1),  # as of tensors on the CPU
         ):
@@ -77,20 +94,10 @@ def stand_in(take: Callable[..., object]) -> Iterator[None]:
         driver._active = known
 
 
-def ready(adapters: int, form: str) -> Callable[[], object]:
-    """A call with `out` and `workspace`, of the size of Llama-3.1-8B but for rank and directions."""
-    r = 2
-    work = Workload.of("llama-3.1-8b", adapters, r, form, k=8)
+def ready(work: Workload, device: torch.device | str = "meta") -> Callable[[], object]:
+    """A call with `out` and `workspace`; on "meta" without memory."""
     method = method_of(work)
-    zero = torch.zeros(())
-    bases, factors = {}, {}
-    for m, (d_out, d_in, k) in enumerate(work.shapes):
-        bases[f"m{m}"] = zero.expand(d_out, k), zero.expand(d_in, k)
-        factors[f"m{m}"] = tuple(
-            X.to(work.dtype) for X in (zero.expand(d_out, r), zero.expand(r, d_in))
-        )
-    basis = kernels.pack_basis(bases)
-    table = kernels.pack([factors] * adapters, basis)
+    basis, table = batch(work, torch.device(device))
     ws = kernels.workspace(table, basis, method)
     spectrum = spectrum_of(work, ws.tiles.K, table.data.device)
     out = kernels.empty_like(table, method)
@@ -110,10 +117,10 @@ def microseconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    with stand_in(lambda *launch: None):
-        for form, adapters in itertools.product(FORMS, (1, 8)):
-            call = ready(adapters, form)
-            print(f"N={adapters} {form:13} {microseconds(call):6.1f} microseconds a call")
+    with stand_in(lambda launched: None):
+        for form, adapters in itertools.product(FORMS, (1, 64)):
+            call = ready(Workload.of("llama-3.1-8b", adapters, 16, form))
+            print(f"N={adapters:<2} {form:13} {microseconds(call):6.1f} microseconds a call")
 
 
 if __name__ == "__main__":

@@ -9,69 +9,12 @@ work lists put programs that share a tile side by side, so that all but the firs
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
-from shapes import MODELS
+from workloads import FORMS, Workload
 
-from csulora_kernels import Tiles, choose
-from csulora_kernels.layout import Shape
+from csulora_kernels import Tiles
 from csulora_kernels.plan import recompose_group
-from csulora_kernels.settings import Kind
-
-FORMS = ("exact", "same", "realign same", "realign exact")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """N adapters of one rank on every module of a model."""
-
-    shapes: tuple[Shape, ...]
-    adapters: int
-    r: int
-    form: str  # exact or same, of CSULoRA, or "realign" before it
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, model: str, adapters: int, r: int, form: str, k: int = 64, dtype=torch.bfloat16
-    ) -> Workload:
-        sides, layers = MODELS[model]
-        shapes = tuple(Shape(*pair, k) for pair in sides.values()) * layers
-        return cls(shapes, adapters, r, form, dtype)
-
-    def tiles(self, capability: int = 90, processors: int = 132) -> Tiles:
-        return choose(self.shapes, self.adapters, self.r, self.dtype, capability, processors)
-
-    @property
-    def kind(self) -> Kind:
-        realign = self.form.startswith("realign ")
-        return Kind("realign" if realign else "csulora", self.form.removeprefix("realign "))
-
-    @property
-    def length(self) -> int:
-        """d_out + d_in of all modules."""
-        return sum(s.d_out + s.d_in for s in self.shapes)
-
-    @property
-    def factors(self) -> int:
-        return self.adapters * self.length * self.r * self.dtype.itemsize
-
-    @property
-    def basis(self) -> int:
-        return 4 * sum((s.d_out + s.d_in) * s.k for s in self.shapes)
-
-    @property
-    def result(self) -> int:
-        """Bytes of the new factors that are written."""
-        lengths = [(s, s.d_in + (s.d_out if self.kind.writes_B else 0)) for s in self.shapes]
-        elements = sum(length * self.kind.rank(self.r, s.k) for s, length in lengths)
-        return self.adapters * elements * self.dtype.itemsize
-
-    @property
-    def floor(self) -> int:
-        """Every byte of input read once and every byte of output written once."""
-        return self.factors + self.basis + self.result
 
 
 def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:

@@ -12,6 +12,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import roofline  # noqa: E402
+import workloads  # noqa: E402
 
 from csulora_kernels import plan  # noqa: E402
 
@@ -49,10 +50,10 @@ def test_the_tuner_prints_what_to_write(dry):
 
 
 @pytest.mark.parametrize("adapters", [1, 8, 64])
-@pytest.mark.parametrize("form", roofline.FORMS)
+@pytest.mark.parametrize("form", workloads.FORMS)
 def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_once(adapters, form):
     """The counted bytes of a stage are the floor's terms: no stretch twice, none left out."""
-    work = roofline.Workload.of("llama-3.1-8b", adapters, 16, form)
+    work = workloads.Workload.of("llama-3.1-8b", adapters, 16, form)
     tiles = work.tiles()
     covered = plan.project_work(work.shapes, adapters, tiles)
     stretches = (covered[:, 6] - covered[:, 5]).long()

@@ -58,7 +58,7 @@ def compiling(interpreter, monkeypatch):
             plain = [a for a in ints if a in fn.__code__.co_varnames[: fn.__code__.co_argcount]]
             monkeypatch.setattr(home, name, JITFunction(fn, do_not_specialize=plain))
     seen = []
-    with launches.stand_in(lambda name, *arguments: seen.append((name, arguments))):
+    with launches.stand_in(lambda launched: seen.append((launched.name, launched.arguments))):
         yield seen
 
 
