@@ -54,6 +54,7 @@ class Row:
     p80: float | None = None
     bytes: int | None = None
     floor_share: float | None = None  # of the copy bandwidth, counting the floor's bytes
+    forecast: float | None = None  # milliseconds, of bench/forecast.py before anything ran
     note: str = ""
 
 
@@ -63,6 +64,7 @@ class Run:
     device: torch.device
     deadline: float
     bandwidth: float | None = None  # bytes a second
+    forecasts: dict[tuple[str, int, int, str, str], float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def add(
@@ -76,6 +78,7 @@ class Run:
             row.milliseconds, row.p20, row.p80 = quantiles(self.clock, work, most)
         if row.milliseconds and self.bandwidth:
             row.floor_share = moved / (row.milliseconds / 1e3) / self.bandwidth
+        row.forecast = self.forecasts.get((row.model, row.adapters, row.r, row.form, row.what))
         self.rows.append(row)
         print(as_line(row), flush=True)
 
@@ -126,6 +129,16 @@ def machine(run: Run) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit(),
+    }
+
+
+def forecasts(gpu: str) -> dict[tuple[str, int, int, str, str], float]:
+    """Milliseconds that bench/forecast.py has for the stages on the GPU of that name, if it knows it."""
+    written = json.loads((Path(__file__).parent / "results" / "forecast.json").read_text())
+    return {
+        ("llama-3.1-8b", row["adapters"], row["r"], row["form"], row["what"]): row["milliseconds"]
+        for row in written
+        if row["gpu"].split()[0] in gpu and "PCIe" not in gpu
     }
 
 
@@ -274,7 +287,8 @@ def as_line(row: Row) -> str:
 
     return (
         f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.form:13} {row.what:24} "
-        f"{number(row.milliseconds, '9.3f')} ms  {number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
+        f"{number(row.milliseconds, '9.3f')} ms  forecast {number(row.forecast, '7.3f')}  "
+        f"{number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
         f"{number(row.floor_share, '6.1%')} of copy  error {number(row.check, '.1e')} {row.note}"
     )
 
@@ -329,6 +343,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     run = Run(no_clock if arguments.dry else cuda_clock, device, deadline)
     facts = machine(run)
+    run.forecasts = forecasts(facts["gpu"] or "")
     print(json.dumps(facts, indent=1))
     for model, N, r, form, kind in cases(arguments.dry, arguments.all):
         if not set(arguments.only.split()) <= {model, f"N={N}", f"r={r}", *form.split(), kind}:

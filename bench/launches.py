@@ -36,6 +36,11 @@ class Launched(NamedTuple):
     compilation: tuple[Any, ...]  # function, signature, constants, attributes and options
 
 
+_takers: list[
+    Callable[[Launched], object]
+] = []  # Triton keeps what it compiled; the last one takes
+
+
 class Driver:
     """Triton's driver for one GPU that does nothing."""
 
@@ -66,7 +71,9 @@ def stand_in(take: Callable[[Launched], object], capability: int = 90) -> Iterat
 
         def __init__(self, name: str, compilation: tuple[Any, ...]) -> None:
             self.name, self.function, self.packed_metadata, self.src = name, None, None, None
-            self._run = lambda *given: take(Launched(name, given[:3], given[9:], compilation))
+            self._run = lambda *given: _takers[-1](
+                Launched(name, given[:3], given[9:], compilation)
+            )
 
         def _init_handles(self) -> None:
             pass
@@ -82,6 +89,7 @@ def stand_in(take: Callable[[Launched], object], capability: int = 90) -> Iterat
     known = driver._active
     workspaces = sys.modules["csulora_kernels.workspace"]  # `kernels.workspace` is its function
     driver.set_active(Driver(capability))
+    _takers.append(take)
     try:
         with (
             patch.object(JITFunction, "_do_compile", compiled),
@@ -91,6 +99,7 @@ def stand_in(take: Callable[[Launched], object], capability: int = 90) -> Iterat
         ):
             yield
     finally:
+        _takers.pop()
         driver._active = known
 
 

@@ -1,17 +1,13 @@
 """Bytes and operations of the kernels, stage by stage, counted from the shapes and the work lists.
 
-    python bench/roofline.py
-
-prints the table of docs/kernels.md. A byte counts once for every time the launch asks DRAM for it: the
-work lists put programs that share a tile side by side, so that all but the first find it in L2.
+A byte counts once for every time the launch asks DRAM for it: the work lists put programs that share a
+tile side by side, so that all but the first find it in L2. bench/forecast.py makes milliseconds of them.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
-from workloads import FORMS, Workload
+from workloads import Workload
 
 from csulora_kernels import Tiles
 from csulora_kernels.plan import recompose_group
@@ -49,6 +45,24 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     return counted
 
 
+def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
+    """Bytes between L2 and the processors: what each program asks for, as often as it does."""
+    counted = stage_bytes(work, tiles)
+    H, N = work.kind.halves, work.adapters
+    d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
+    k = max(s.k for s in work.shapes)
+    groups = -(-N // tiles.group)
+    groups_B, groups_A = (-(-N // recompose_group(tiles, h)) for h in (1, H))
+    writes_B = work.kind.writes_B
+    project = counted["project"] + (groups - 1) * work.basis
+    again = 4 * k * ((groups_B - 1) * d_out * writes_B + (groups_A - 1) * d_in)
+    # The coefficients of an adapter come once a program, that is once a stretch.
+    stretches = sum(-(-d // tiles.recompose_length) for s in work.shapes for d in s[:2])
+    each = 4 * (tiles.K * H * tiles.R + H * tiles.R * tiles.R)
+    coefficients = max(0, stretches - len(work.shapes)) * N * each
+    return {**counted, "project": project, "recompose": counted["recompose"] + again + coefficients}
+
+
 def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     """Multiply-adds on the tensor cores, times two, as often as a product is split, padding included."""
     K, R, N = tiles.K, tiles.R, work.adapters
@@ -67,37 +81,3 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     per_column = 2 * (split * K * H * R + cores_A)  # of A
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
     return {"project": project, "recompose": N * (d_out * per_row + d_in * per_column)}
-
-
-def table() -> list[str]:
-    """Rows of the page: bytes of each stage beside the floor's terms."""
-    lines = [
-        "| N, r, form | factors | basis | result | floor | project | solve | recompose | to the floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for form, adapters in itertools.product(FORMS, (1, 64)):
-        r = 16
-        work = Workload.of("llama-3.1-8b", adapters, r, form)
-        counted = stage_bytes(work, work.tiles())
-        total = sum(counted.values())
-        project = counted["project"] + counted.get("add partial sums", 0)
-        numbers = (work.factors, work.basis, work.result, work.floor, project)
-        numbers += (counted["solve"], counted["recompose"])
-        cells = " | ".join(f"{n / 1e9:.3f}" for n in numbers)
-        lines.append(f"| {adapters}, {r}, {form} | {cells} | {total / work.floor:.2f} |")
-    return lines
-
-
-def flops_table() -> list[str]:
-    lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
-    for form, adapters in itertools.product(FORMS, (1, 64)):
-        r = 16
-        work = Workload.of("llama-3.1-8b", adapters, r, form)
-        counted = stage_flops(work, work.tiles())
-        cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))
-        lines.append(f"| {adapters}, {r}, {form} | {cells} |")
-    return lines
-
-
-if __name__ == "__main__":
-    print("\n".join([*table(), "", *flops_table()]))

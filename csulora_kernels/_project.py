@@ -143,10 +143,10 @@ def _project_side(
     else:
         o_out = (i_slot[None, :] * R + i_row[None, :]) * K + b_k[:, None]
     tl.store(p_coordinates + o_out, b_coordinates, mask=m_adapter[None, :] & (b_k < K)[:, None])
-    # Products of two different adapters are by-products; and one block of directions is enough. No mask
-    # has a truth value of one element in it: Triton's interpreter makes integers of those.
-    m_G = (i_adapter < tl.where(i_block == 0, n_adapters, 0))[:, None]
-    m_G = m_G & (i_adapter[:, None] == i_adapter[None, :])
+    # Products of two different adapters are by-products; and one block of directions is enough, which is
+    # said of each row: where a single truth value is spread, Triton's interpreter makes an integer of it.
+    m_first = tl.zeros([C], tl.int32) + i_block == 0
+    m_G = (i_adapter[:, None] == i_adapter[None, :]) & (m_adapter & m_first)[:, None]
     tl.store(p_G + (i_slot[:, None] * R + i_row[:, None]) * R + i_row[None, :], b_G, mask=m_G)
 
 
