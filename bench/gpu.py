@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import triton
-from roofline import FORMS, Workload, stage_bytes
-from shapes import MODELS
+from roofline import stage_bytes
 from torch import Tensor
+from workloads import FORMS, Workload, batch, method_of, spectrum_of
 
 import csulora_kernels as kernels
 from csulora import Correction, Realignment
@@ -36,7 +36,6 @@ from csulora.method.stages import project, recompose, solve
 from csulora.settings import Method
 
 TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
-MODELS["toy"] = ({"a": (96, 80), "b": (72, 96)}, 1)
 Clock = Callable[[Callable[[], object]], float | None]
 
 
@@ -55,6 +54,7 @@ class Row:
     p80: float | None = None
     bytes: int | None = None
     floor_share: float | None = None  # of the copy bandwidth, counting the floor's bytes
+    forecast: float | None = None  # milliseconds, of bench/forecast.py before anything ran
     note: str = ""
 
 
@@ -64,6 +64,7 @@ class Run:
     device: torch.device
     deadline: float
     bandwidth: float | None = None  # bytes a second
+    forecasts: dict[tuple[str, int, int, str, str], float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def add(
@@ -77,6 +78,7 @@ class Run:
             row.milliseconds, row.p20, row.p80 = quantiles(self.clock, work, most)
         if row.milliseconds and self.bandwidth:
             row.floor_share = moved / (row.milliseconds / 1e3) / self.bandwidth
+        row.forecast = self.forecasts.get((row.model, row.adapters, row.r, row.form, row.what))
         self.rows.append(row)
         print(as_line(row), flush=True)
 
@@ -130,53 +132,22 @@ def machine(run: Run) -> dict[str, Any]:
     }
 
 
+def forecasts(gpu: str) -> dict[tuple[str, int, int, str, str], float]:
+    """Milliseconds that bench/forecast.py has for the stages on the GPU of that name, if it knows it."""
+    written = json.loads((Path(__file__).parent / "results" / "forecast.json").read_text())
+    return {
+        ("llama-3.1-8b", row["adapters"], row["r"], row["form"], row["what"]): row["milliseconds"]
+        for row in written
+        if row["gpu"].split()[0] in gpu and "PCIe" not in gpu
+    }
+
+
 def commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
     )
     return done.stdout.strip()
-
-
-def batch(work: Workload, device: torch.device) -> tuple[kernels.Basis, kernels.Table]:
-    """Random factors and bases; modules of one shape share values, but no memory."""
-    seen: dict[tuple[int, int], Tensor] = {}
-
-    def orthonormal(d: int, k: int) -> Tensor:
-        if (d, k) not in seen:
-            seen[d, k] = torch.linalg.qr(torch.randn(d, k, device=device))[0]
-        return seen[d, k]
-
-    bases = {
-        f"m{m}": (orthonormal(s.d_out, s.k), orthonormal(s.d_in, s.k))
-        for m, s in enumerate(work.shapes)
-    }
-    one = torch.zeros((), dtype=work.dtype, device=device)
-    blank = {
-        f"m{m}": (one.expand(s.d_out, work.r), one.expand(work.r, s.d_in))
-        for m, s in enumerate(work.shapes)
-    }
-    basis = kernels.pack_basis(bases, device)
-    table = kernels.pack([blank] * work.adapters, basis, device)
-    table.data.normal_()
-    return basis, table
-
-
-def method_of(work: Workload) -> Method:
-    """The settings of a workload: the defaults of its form, all directions of D taken."""
-    if work.kind.method == "realign":
-        return Realignment(form=work.kind.form, edge=False)
-    return Correction(form=work.kind.form)
-
-
-def spectrum_of(work: Workload, K: int, device: torch.device) -> kernels.Spectrum:
-    """Singular values that fall, of the size of the factors' product."""
-    k = max(s.k for s in work.shapes)
-    S = torch.zeros(len(work.shapes), K, dtype=torch.float64)
-    S[:, :k] = 1000.0 / (1 + torch.arange(k, dtype=torch.float64))
-    scaling = torch.full((work.adapters, len(S)), 2.0, dtype=torch.float64)
-    edge = torch.zeros(len(S), dtype=torch.float64)
-    return kernels.Spectrum(S.to(device), edge.to(device), scaling.to(device))
 
 
 def error(
@@ -316,7 +287,8 @@ def as_line(row: Row) -> str:
 
     return (
         f"{row.model:13} N={row.adapters:<3} r={row.r:<3} {row.form:13} {row.what:24} "
-        f"{number(row.milliseconds, '9.3f')} ms  {number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
+        f"{number(row.milliseconds, '9.3f')} ms  forecast {number(row.forecast, '7.3f')}  "
+        f"{number(row.bytes and row.bytes / 1e9, '8.3f')} GB  "
         f"{number(row.floor_share, '6.1%')} of copy  error {number(row.check, '.1e')} {row.note}"
     )
 
@@ -371,6 +343,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     run = Run(no_clock if arguments.dry else cuda_clock, device, deadline)
     facts = machine(run)
+    run.forecasts = forecasts(facts["gpu"] or "")
     print(json.dumps(facts, indent=1))
     for model, N, r, form, kind in cases(arguments.dry, arguments.all):
         if not set(arguments.only.split()) <= {model, f"N={N}", f"r={r}", *form.split(), kind}:

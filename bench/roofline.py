@@ -1,77 +1,16 @@
 """Bytes and operations of the kernels, stage by stage, counted from the shapes and the work lists.
 
-    python bench/roofline.py
-
-prints the table of docs/kernels.md. A byte counts once for every time the launch asks DRAM for it: the
-work lists put programs that share a tile side by side, so that all but the first find it in L2.
+A byte counts once for every time the launch asks DRAM for it: the work lists put programs that share a
+tile side by side, so that all but the first find it in L2. bench/forecast.py makes milliseconds of them.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-
 import torch
-from shapes import MODELS
+from workloads import Workload
 
-from csulora_kernels import Tiles, choose
-from csulora_kernels.layout import Shape
+from csulora_kernels import Tiles
 from csulora_kernels.plan import recompose_group
-from csulora_kernels.settings import Kind
-
-FORMS = ("exact", "same", "realign same", "realign exact")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """N adapters of one rank on every module of a model."""
-
-    shapes: tuple[Shape, ...]
-    adapters: int
-    r: int
-    form: str  # exact or same, of CSULoRA, or "realign" before it
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, model: str, adapters: int, r: int, form: str, k: int = 64, dtype=torch.bfloat16
-    ) -> Workload:
-        sides, layers = MODELS[model]
-        shapes = tuple(Shape(*pair, k) for pair in sides.values()) * layers
-        return cls(shapes, adapters, r, form, dtype)
-
-    def tiles(self, capability: int = 90, processors: int = 132) -> Tiles:
-        return choose(self.shapes, self.adapters, self.r, self.dtype, capability, processors)
-
-    @property
-    def kind(self) -> Kind:
-        realign = self.form.startswith("realign ")
-        return Kind("realign" if realign else "csulora", self.form.removeprefix("realign "))
-
-    @property
-    def length(self) -> int:
-        """d_out + d_in of all modules."""
-        return sum(s.d_out + s.d_in for s in self.shapes)
-
-    @property
-    def factors(self) -> int:
-        return self.adapters * self.length * self.r * self.dtype.itemsize
-
-    @property
-    def basis(self) -> int:
-        return 4 * sum((s.d_out + s.d_in) * s.k for s in self.shapes)
-
-    @property
-    def result(self) -> int:
-        """Bytes of the new factors that are written."""
-        lengths = [(s, s.d_in + (s.d_out if self.kind.writes_B else 0)) for s in self.shapes]
-        elements = sum(length * self.kind.rank(self.r, s.k) for s, length in lengths)
-        return self.adapters * elements * self.dtype.itemsize
-
-    @property
-    def floor(self) -> int:
-        """Every byte of input read once and every byte of output written once."""
-        return self.factors + self.basis + self.result
 
 
 def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
@@ -106,6 +45,24 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     return counted
 
 
+def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
+    """Bytes between L2 and the processors: what each program asks for, as often as it does."""
+    counted = stage_bytes(work, tiles)
+    H, N = work.kind.halves, work.adapters
+    d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
+    k = max(s.k for s in work.shapes)
+    groups = -(-N // tiles.group)
+    groups_B, groups_A = (-(-N // recompose_group(tiles, h)) for h in (1, H))
+    writes_B = work.kind.writes_B
+    project = counted["project"] + (groups - 1) * work.basis
+    again = 4 * k * ((groups_B - 1) * d_out * writes_B + (groups_A - 1) * d_in)
+    # The coefficients of an adapter come once a program, that is once a stretch.
+    stretches = sum(-(-d // tiles.recompose_length) for s in work.shapes for d in s[:2])
+    each = 4 * (tiles.K * H * tiles.R + H * tiles.R * tiles.R)
+    coefficients = max(0, stretches - len(work.shapes)) * N * each
+    return {**counted, "project": project, "recompose": counted["recompose"] + again + coefficients}
+
+
 def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     """Multiply-adds on the tensor cores, times two, as often as a product is split, padding included."""
     K, R, N = tiles.K, tiles.R, work.adapters
@@ -124,37 +81,3 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     per_column = 2 * (split * K * H * R + cores_A)  # of A
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
     return {"project": project, "recompose": N * (d_out * per_row + d_in * per_column)}
-
-
-def table() -> list[str]:
-    """Rows of the page: bytes of each stage beside the floor's terms."""
-    lines = [
-        "| N, r, form | factors | basis | result | floor | project | solve | recompose | to the floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for form, adapters in itertools.product(FORMS, (1, 64)):
-        r = 16
-        work = Workload.of("llama-3.1-8b", adapters, r, form)
-        counted = stage_bytes(work, work.tiles())
-        total = sum(counted.values())
-        project = counted["project"] + counted.get("add partial sums", 0)
-        numbers = (work.factors, work.basis, work.result, work.floor, project)
-        numbers += (counted["solve"], counted["recompose"])
-        cells = " | ".join(f"{n / 1e9:.3f}" for n in numbers)
-        lines.append(f"| {adapters}, {r}, {form} | {cells} | {total / work.floor:.2f} |")
-    return lines
-
-
-def flops_table() -> list[str]:
-    lines = ["| N, r, form | project | recompose |", "| --- | --- | --- |"]
-    for form, adapters in itertools.product(FORMS, (1, 64)):
-        r = 16
-        work = Workload.of("llama-3.1-8b", adapters, r, form)
-        counted = stage_flops(work, work.tiles())
-        cells = " | ".join(f"{counted[stage] / 1e12:.3f}" for stage in ("project", "recompose"))
-        lines.append(f"| {adapters}, {r}, {form} | {cells} |")
-    return lines
-
-
-if __name__ == "__main__":
-    print("\n".join([*table(), "", *flops_table()]))

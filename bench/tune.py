@@ -16,8 +16,8 @@ from functools import partial
 
 import torch
 import triton
-from gpu import TOLERANCE, batch, cuda_clock, error, no_clock, quantiles, spectrum_of
-from roofline import Workload
+from gpu import TOLERANCE, cuda_clock, error, no_clock, quantiles
+from workloads import Workload, batch, spectrum_of
 
 import csulora_kernels as kernels
 from csulora import Correction

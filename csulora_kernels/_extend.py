@@ -44,7 +44,7 @@ def append_basis(
                 tl.store(
                     p_out + (o_row[:, None] + b_d[None, :]),
                     b_w.to(p_out.dtype.element_ty),
-                    mask=((b_k < k) & (r > 0))[:, None] & m_d[None, :],
+                    mask=(b_k < tl.where(r > 0, k, 0))[:, None] & m_d[None, :],
                 )
 
 
@@ -84,7 +84,8 @@ def extend_B(
                 tl.store(
                     p_out + (o_row + (r + b_k)[None, :]),
                     (b_w * b_c[None, :]).to(p_out.dtype.element_ty),
-                    mask=m_d[:, None] & tl.max_constancy((b_k < k) & (r > 0), VEC_R)[None, :],
+                    mask=m_d[:, None]
+                    & tl.max_constancy(b_k < tl.where(r > 0, k, 0), VEC_R)[None, :],
                 )
                 if k_from == 0:
                     o_old = tl.multiple_of(tl.load(p_entries + e * 3 + 1), VEC_R)

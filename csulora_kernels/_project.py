@@ -197,11 +197,13 @@ def _store(
         o_out = (o_entry * R + b_c % R)[None, :] * K + b_k[:, None]
     m_out = (i_adapter < n_adapters)[None, :] & (b_k < K)[:, None]
     tl.store(p_coordinates + o_out, b_P, mask=m_out)
-    # One block of directions is enough.
+    # One block of directions is enough. No mask has a truth value of one element in it: Triton's
+    # interpreter makes integers of those.
     i_G = first + tl.arange(0, GROUP)
+    m_G = i_G[:, None] + tl.zeros([1, R], tl.int32) < tl.where(m_block, n_adapters, 0)
     o_row = (o_slot + i_G * n_modules)[:, None] * R + tl.arange(0, R)[None, :]
     o_G = o_row[:, :, None] * R + tl.arange(0, R)[None, None, :]
-    tl.store(p_G + o_G, b_G, mask=(i_G < n_adapters)[:, None, None] & m_block)
+    tl.store(p_G + o_G, b_G, mask=m_G[:, :, None])
 
 
 @triton.jit(do_not_specialize=["n_modules", "split_length"])

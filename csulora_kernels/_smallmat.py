@@ -193,6 +193,15 @@ def extrapolate(p_s, c, a, b, factor, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _largest(b_x):
+    """The largest entry of each row and where it is; a NaN counts as -1, which is no pivot.
+
+    Without that the place would be any, and Triton's interpreter (3.9.0) fails where all are NaN.
+    """
+    return tl.max(tl.where(b_x == b_x, b_x, -1.0), axis=1, return_indices=True, keep_dims=True)
+
+
+@triton.jit
 def _sweep_tile(b_s, smallest, substitute, T: tl.constexpr):
     """-(s^-1) for a symmetric positive semidefinite tile, and its smallest pivot: the sweep operator.
 
@@ -275,7 +284,7 @@ def pivoted_cholesky(
     b_scale = tl.load(tl.where(b_two == 0, p_scale, p_scale_2) + b_i * (R + 1)).to(tl.float64)
     b_scale = tl.where(b_scale > 0, 1.0 / tl.where(b_scale > 0, b_scale, 1.0), 0.0)
     step = 0
-    largest, n = tl.max(b_rest * b_scale, axis=1, return_indices=True, keep_dims=True)
+    largest, n = _largest(b_rest * b_scale)
     going = tl.max(tl.where(largest > tolerance, 1, 0))
     while (step < R) & (going > 0):
         pivot = tl.sum(tl.where(b_i == n, b_rest, 0.0), axis=1, keep_dims=True)
@@ -294,7 +303,7 @@ def pivoted_cholesky(
         tl.debug_barrier()
         tl.store(p_f + step * R + b_i, b_new)
         tl.debug_barrier()
-        largest, n = tl.max(b_rest * b_scale, axis=1, return_indices=True, keep_dims=True)
+        largest, n = _largest(b_rest * b_scale)
         going = tl.max(tl.where(largest > tolerance, 1, 0))
         step += 1
     tl.debug_barrier()

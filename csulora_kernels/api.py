@@ -5,16 +5,19 @@ lies beyond a module's own k and r is zero, or an identity's diagonal. Everythin
 stream without host synchronisation; with `out` and `workspace` given nothing is allocated, so a call
 can be captured in a CUDA graph. The strengths are arguments of the launch: a graph keeps those it was
 captured with.
+
+Threads: every function may run in several at once, each call with a workspace and an `out` of its own;
+tables and bases may be shared. Raises RuntimeError for a workspace that another thread is inside with.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from csulora_kernels.launch import Launcher, check_alignment, interpreted
 from csulora_kernels.layout import Basis, Table, empty_like
 from csulora_kernels.settings import Kind, kind_of
 from csulora_kernels.tiles import MAX_RANK
@@ -41,51 +44,62 @@ class Result(NamedTuple):
 def project(table: Table, basis: Basis, *, workspace: Workspace) -> Projection:
     """P, Q and the Gram matrices of every module of every adapter. One launch, and one that adds
     partial sums where a side was cut."""
-    from csulora_kernels._project import add_splits_kernel, project_kernel
+    with workspace.turn:
+        return _project(table, basis, workspace)
 
-    ws, tiles = workspace, workspace.tiles
+
+def _project(table: Table, basis: Basis, ws: Workspace) -> Projection:
     check_table(table, basis)
     check_workspace(table, ws)
-    result = Projection(*(X[0] for X in ws.partial))
-    N, M = len(table.slots), len(table.shapes)
+    check_alignment(table.data, basis.data)
     if ws.project_work.shape[0] == 0:
-        return result
-    with on_device(table.data):
-        project_kernel[(ws.project_work.shape[0],)](
-            table.data,
-            basis.data,
-            table.entries,
-            basis.modules,
-            ws.project_work,
-            *ws.partial,
-            N,
-            M,
-            K=tiles.K,
-            R=tiles.R,
-            GROUP=tiles.group,
-            STRIPS=tiles.strips,
-            BLOCK_K=tiles.project.block_k,
-            BLOCK_D=tiles.project.block_d,
-            VEC_R=table.vec_r,
-            VEC_D=table.vec_d,
-            EMULATE=_interpreted(project_kernel),
-            num_warps=tiles.project.warps,
-            num_stages=tiles.project.stages,
-            maxnreg=tiles.project.registers,
-        )
-        if ws.splits > 1:
-            block = 1024
-            grid = (N * M, -(-tiles.R * max(tiles.K, tiles.R) // block))
-            add_splits_kernel[grid](
-                basis.modules,
-                *ws.partial,
-                M,
-                tiles.split_length,
-                K=tiles.K,
-                R=tiles.R,
-                BLOCK=block,
-            )
-    return result
+        return ws.projection
+    key = "project", table.data.dtype, table.vec_r, table.vec_d
+    launch = ws.launchers.get(key)
+    if launch is None:
+        launch = ws.launchers[key] = _project_launcher(table, ws)
+    M = len(table.shapes)
+    given = table.data, basis.data, table.entries, basis.modules
+    launch(*given, ws.project_work, *ws.partial, len(table.slots), M)
+    if ws.splits > 1:
+        add = ws.launchers.get("add_splits")
+        if add is None:
+            add = ws.launchers["add_splits"] = _add_launcher(ws)
+        add(basis.modules, *ws.partial, M, ws.tiles.split_length)
+    return ws.projection
+
+
+def _project_launcher(table: Table, ws: Workspace) -> Launcher:
+    from csulora_kernels._project import project_kernel
+
+    tiles, shape = ws.tiles, ws.tiles.project
+    constants = {
+        "K": tiles.K,
+        "R": tiles.R,
+        "GROUP": tiles.group,
+        "STRIPS": tiles.strips,
+        "BLOCK_K": shape.block_k,
+        "BLOCK_D": shape.block_d,
+        "VEC_R": table.vec_r,
+        "VEC_D": table.vec_d,
+        "EMULATE": interpreted(project_kernel),
+    }
+    return Launcher(
+        project_kernel,
+        (ws.project_work.shape[0],),
+        constants,
+        warps=shape.warps,
+        stages=shape.stages,
+        registers=shape.registers,
+    )
+
+
+def _add_launcher(ws: Workspace) -> Launcher:
+    from csulora_kernels._project import add_splits_kernel
+
+    K, R, block = ws.tiles.K, ws.tiles.R, 1024
+    grid = (ws.found.energy.numel(), -(-R * max(K, R) // block))
+    return Launcher(add_splits_kernel, grid, {"K": K, "R": R, "BLOCK": block}, warps=4, stages=3)
 
 
 def solve(
@@ -97,27 +111,36 @@ def solve(
 ) -> Cores | Shift:
     """What makes the new factors of the projected ones, and their energies. One launch.
 
-    spectrum: for realignment, of the basis and the adapters.
+    projection: of `project` with this workspace. spectrum: for realignment, of the basis and the adapters.
     """
-    ws = workspace
+    with workspace.turn:
+        return _solve(projection, settings, spectrum, workspace)
+
+
+def _solve(
+    projection: Projection, settings: Any, spectrum: Spectrum | None, ws: Workspace
+) -> Cores | Shift:
     kind = kind_of(settings)
     if kind != ws.kind:
         raise ValueError(f"the workspace was made for {ws.kind.method}, form {ws.kind.form}")
-    if ws.found.energy.numel() == 0:
-        return ws.found
-    with on_device(projection.P):
-        if isinstance(ws.found, Cores):
-            _solve_cores(projection, settings, ws, ws.found)
-        else:
-            _solve_shift(projection, settings, _checked(spectrum, ws), ws, ws.found)
-    return ws.found
+    if projection is not ws.projection:
+        raise ValueError("the projection was made with another workspace")
+    found = ws.found
+    if found.energy.numel() == 0:
+        return found
+    if isinstance(found, Cores):
+        _solve_cores(projection, settings, ws, found)
+    else:
+        _solve_shift(projection, settings, _checked(spectrum, ws), ws, found)
+    return found
 
 
 def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores) -> None:
-    from csulora_kernels._solve import solve_kernel
-
-    tiles = ws.tiles
-    solve_kernel[(ws.scratch.shape[0],)](
+    launch = ws.launchers.get(settings.granularity)
+    if launch is None:
+        launch = _solve_launcher(ws, GRANULARITY=settings.granularity)
+        ws.launchers[settings.granularity] = launch
+    launch(
         *projection,
         c.X_in if c.X_in is not None else c.Y_in,
         c.X_out if c.X_out is not None else c.Y_in,
@@ -136,24 +159,18 @@ def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores)
         float(settings.lambda_left),
         float(settings.lambda_right),
         float(settings.lambda_off),
-        K=tiles.K,
-        R=tiles.R,
-        T=tiles.solve_tile,
-        GRANULARITY=settings.granularity,
-        SAME=ws.kind.form == "same",
-        num_warps=tiles.solve_warps,
-        num_stages=1,
-        maxnreg=tiles.solve_registers,
     )
 
 
 def _solve_shift(
     projection: Projection, settings: Any, spectrum: Spectrum, ws: Workspace, shift: Shift
 ) -> None:
-    from csulora_kernels._realign import realign_kernel
-
-    tiles = ws.tiles
-    realign_kernel[(ws.scratch.shape[0],)](
+    key = settings.edge, settings.opposed
+    launch = ws.launchers.get(key)
+    if launch is None:
+        own = {"SIZE": ws.scratch.shape[1], "EDGE": settings.edge, "OPPOSED": settings.opposed}
+        launch = ws.launchers[key] = _solve_launcher(ws, **own)
+    launch(
         *projection,
         *spectrum,
         shift.Z,
@@ -164,16 +181,24 @@ def _solve_shift(
         len(ws.shapes),
         float(settings.strength),
         float(settings.gamma),
-        K=tiles.K,
-        R=tiles.R,
-        T=tiles.solve_tile,
-        SIZE=ws.scratch.shape[1],
-        EDGE=settings.edge,
-        OPPOSED=settings.opposed,
-        SAME=ws.kind.form == "same",
-        num_warps=tiles.solve_warps,
-        num_stages=1,
-        maxnreg=tiles.solve_registers,
+    )
+
+
+def _solve_launcher(ws: Workspace, **own: Any) -> Launcher:
+    if ws.kind.method == "realign":
+        from csulora_kernels._realign import realign_kernel as kernel
+    else:
+        from csulora_kernels._solve import solve_kernel as kernel
+
+    tiles = ws.tiles
+    constants = {"K": tiles.K, "R": tiles.R, "T": tiles.solve_tile}
+    return Launcher(
+        kernel,
+        (ws.scratch.shape[0],),
+        {**constants, **own, "SAME": ws.kind.form == "same"},
+        warps=tiles.solve_warps,
+        stages=1,
+        registers=tiles.solve_registers,
     )
 
 
@@ -188,55 +213,80 @@ def recompose(
 ) -> Table:
     """The new factors in the table's type. One launch.
 
-    Of a realignment of form `same` only A is written; the result's B is that of `table`.
+    projection, cores: of the other stages with this workspace. Of a realignment of form `same` only A is
+    written; the result's B is that of `table`.
     """
-    from csulora_kernels._recompose import recompose_kernel
+    with workspace.turn:
+        return _recompose(table, basis, projection, cores, workspace, out)
 
-    ws, tiles = workspace, workspace.tiles
+
+def _recompose(
+    table: Table,
+    basis: Basis,
+    projection: Projection,
+    cores: Cores | Shift,
+    ws: Workspace,
+    out: Table | None,
+) -> Table:
     if out is None:
         out = empty_like(table, ws.kind)
     _check_out(table, out, ws.kind)
     check_workspace(table, ws)
-    if not ws.kind.writes_B:
+    if projection is not ws.projection or cores is not ws.found:
+        raise ValueError("the projection or the cores were made with another workspace")
+    check_alignment(table.data, basis.data, out.data)
+    if not ws.kind.writes_B and out.kept is not table:
         out = out.beside(table)
     if ws.recompose_work.shape[0] == 0:
         return out
-    left, X_out, Z, Y_out = _coefficients(projection, cores)
-    kind_B, kind_A = KINDS[ws.kind]
-    with on_device(table.data):
-        recompose_kernel[(ws.recompose_work.shape[0],)](
-            table.data,
-            out.data,
-            basis.data,
-            table.entries,
-            out.entries,
-            basis.modules,
-            ws.recompose_work,
-            projection.G_B,
-            projection.G_A,
-            left,
-            X_out,
-            Z,
-            Y_out,
-            len(table.slots),
-            len(table.shapes),
-            K=tiles.K,
-            R=tiles.R,
-            GROUP=tiles.group,
-            BLOCK_J=tiles.recompose_rows,
-            BLOCK_K=tiles.recompose.block_k,
-            BLOCK_D=tiles.recompose.block_d,
-            VEC_R=min(table.vec_r, out.vec_r),
-            VEC_D=table.vec_d,
-            KIND_B=kind_B,
-            KIND_A=kind_A,
-            STAGES=tiles.recompose.stages,
-            EMULATE=_interpreted(recompose_kernel),
-            num_warps=tiles.recompose.warps,
-            num_stages=tiles.recompose.stages,
-            maxnreg=tiles.recompose.registers,
-        )
+    key = "recompose", table.data.dtype, table.vec_r, out.vec_r, table.vec_d
+    launch = ws.launchers.get(key)
+    if launch is None:
+        launch = ws.launchers[key] = _recompose_launcher(table, out, ws)
+    launch(
+        table.data,
+        out.data,
+        basis.data,
+        table.entries,
+        out.entries,
+        basis.modules,
+        ws.recompose_work,
+        projection.G_B,
+        projection.G_A,
+        *_coefficients(projection, cores),
+        len(table.slots),
+        len(table.shapes),
+    )
     return out
+
+
+def _recompose_launcher(table: Table, out: Table, ws: Workspace) -> Launcher:
+    from csulora_kernels._recompose import recompose_kernel
+
+    tiles, shape = ws.tiles, ws.tiles.recompose
+    kind_B, kind_A = KINDS[ws.kind]
+    constants = {
+        "K": tiles.K,
+        "R": tiles.R,
+        "GROUP": tiles.group,
+        "BLOCK_J": tiles.recompose_rows,
+        "BLOCK_K": shape.block_k,
+        "BLOCK_D": shape.block_d,
+        "VEC_R": min(table.vec_r, out.vec_r),
+        "VEC_D": table.vec_d,
+        "KIND_B": kind_B,
+        "KIND_A": kind_A,
+        "STAGES": shape.stages,
+        "EMULATE": interpreted(recompose_kernel),
+    }
+    return Launcher(
+        recompose_kernel,
+        (ws.recompose_work.shape[0],),
+        constants,
+        warps=shape.warps,
+        stages=shape.stages,
+        registers=shape.registers,
+    )
 
 
 # Of the sides of B and of A, as _recompose.py numbers them.
@@ -279,11 +329,10 @@ def correct(
     if table.max_rank > MAX_RANK:
         raise ValueError(f"rank {table.max_rank} is above {MAX_RANK}, the most the kernels hold")
     ws = workspace if workspace is not None else _workspace(table, basis, settings)
-    projection = project(table, basis, workspace=ws)
-    cores = solve(projection, settings, spectrum, workspace=ws)
-    return Result(
-        recompose(table, basis, projection, cores, workspace=ws, out=out), projection, cores
-    )
+    with ws.turn:
+        projection = _project(table, basis, ws)
+        cores = _solve(projection, settings, spectrum, ws)
+        return Result(_recompose(table, basis, projection, cores, ws, out), projection, cores)
 
 
 _workspace = workspace  # `correct` has a parameter of this name
@@ -296,16 +345,8 @@ def _checked(spectrum: Spectrum | None, ws: Workspace) -> Spectrum:
         raise ValueError(f"realignment needs a spectrum of S, edge and scaling of sizes {sizes}")
     if any(X.dtype != torch.float64 or not X.is_contiguous() for X in spectrum):
         raise ValueError("a spectrum is contiguous and of type float64")
+    check_alignment(*spectrum)
     return spectrum
-
-
-def _interpreted(kernel: Any) -> bool:
-    return type(kernel).__name__ == "InterpretedFunction"
-
-
-def on_device(data: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(data.device) if data.is_cuda else contextlib.nullcontext()
 
 
 def _check_out(table: Table, out: Table, kind: Kind) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from csulora_kernels.api import on_device
+from csulora_kernels.launch import Launcher
 from csulora_kernels.layout import ALIGNMENT, DTYPES
 from csulora_kernels.workspace import hardware, unavailable
 
@@ -38,25 +38,16 @@ def displacement_product(
     partial = X.new_empty(splits, n_i, c)
     if partial.numel() == 0:
         return partial[0]
-    with on_device(base):
-        displacement_kernel[(*grid, splits)](
-            base,
-            aligned,
-            X,
-            partial,
-            rows,
-            n,
-            c,
-            length,
-            BLOCK_I=BLOCK_I,
-            BLOCK_L=BLOCK_L,
-            BLOCK_C=block_c,
-            VEC_N=math.gcd(n, ALIGNMENT // base.element_size()),
-            VEC_C=math.gcd(c, ALIGNMENT // 4),
-            TRANSPOSED=transposed,
-            num_warps=4,
-            num_stages=1,
-        )
+    constants = {
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_L": BLOCK_L,
+        "BLOCK_C": block_c,
+        "VEC_N": math.gcd(n, ALIGNMENT // base.element_size()),
+        "VEC_C": math.gcd(c, ALIGNMENT // 4),
+        "TRANSPOSED": transposed,
+    }
+    launch = Launcher(displacement_kernel, (*grid, splits), constants, warps=4, stages=1)
+    launch(base, aligned, X, partial, rows, n, c, length)
     # In float64 and in a fixed order.
     return partial[0] if splits == 1 else partial.double().sum(0).float()
 

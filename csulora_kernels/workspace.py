@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csulora_kernels import plan
+from csulora_kernels.launch import Launcher, Turn, interpreted
 from csulora_kernels.layout import Basis, Shape, Table
 from csulora_kernels.settings import Kind, kind_of
 from csulora_kernels.tiles import (
@@ -86,7 +87,7 @@ class Spectrum(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """Buffers and work lists for one table, basis and kind of result; reusable, not shareable."""
+    """Buffers and work lists for one table, basis and kind of result; for one user after the other."""
 
     tiles: Tiles
     kind: Kind
@@ -95,8 +96,12 @@ class Workspace:
     recompose_work: Tensor  # (programs, 5) int32
     splits: int
     partial: Projection  # with a leading dimension of `splits`
+    projection: Projection  # its first slot
     found: Cores | Shift
     scratch: Tensor  # (programs, doubles of one program) float64
+    # By what a launch depends on besides: types and vectors of tables, and choices of the settings.
+    launchers: dict[Any, Launcher] = field(default_factory=dict)
+    turn: Turn = field(default_factory=lambda: Turn("the workspace"))
 
     def __repr__(self) -> str:
         tiles, (method, form) = self.tiles, self.kind
@@ -126,6 +131,7 @@ def workspace(table: Table, basis: Basis, settings: Any, tiles: Tiles | None = N
         raise ValueError(f"tiles: {wrong}")
     splits = plan.splits(table.shapes, tiles)
     sides = (0, 1) if kind.writes_B else (1,)
+    partial = _projection_buffers((splits, N, M), tiles.K, tiles.R, device)
     return Workspace(
         tiles,
         kind,
@@ -133,7 +139,8 @@ def workspace(table: Table, basis: Basis, settings: Any, tiles: Tiles | None = N
         plan.project_work(table.shapes, N, tiles).to(device),
         plan.recompose_work(table.shapes, N, tiles, kind.halves, sides).to(device),
         splits,
-        _projection_buffers((splits, N, M), tiles.K, tiles.R, device),
+        partial,
+        Projection(*(X[0] for X in partial)),
         _found_buffers(N, M, tiles.K, tiles.R, kind, device),
         _scratch(tiles, kind, device),
     )
@@ -164,12 +171,10 @@ def hardware(device: torch.device) -> tuple[int, int]:
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on that device, or None where they can."""
     try:
-        from triton.runtime.interpreter import InterpretedFunction
-
         from csulora_kernels._solve import solve_kernel
     except ImportError:
         return "the package triton is not installed"
-    if device.type != "cuda" and not isinstance(solve_kernel, InterpretedFunction):
+    if device.type != "cuda" and not interpreted(solve_kernel):
         return (
             f"Triton needs a CUDA device, not {device}; on the CPU it runs under its interpreter, "
             "with TRITON_INTERPRET=1 in the environment, for tests"

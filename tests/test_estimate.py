@@ -12,6 +12,7 @@ from builders import orthonormal, with_spectrum
 from safetensors.torch import save_file
 
 from csulora import CsuloraError, LoraAdapter, LoraModule, SafetySubspace, estimate
+from csulora.method import krylov
 from csulora.method.krylov import top_triplets
 
 
@@ -51,6 +52,21 @@ def test_top_triplets_hold_the_energy_of_the_exact_svd(kind, rank):
     torch.testing.assert_close(
         (U.double().mT @ D.double() @ V.double()).diagonal().float(), S, rtol=1e-3, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["noise", "slow power law"])
+def test_a_narrow_matrix_with_a_flat_spectrum_needs_few_products(kind, monkeypatch):
+    """Of the shape of a model's key and value projections, at an eighth of their size."""
+    n, rank = 128, 8
+    D = {
+        "noise": lambda: gaussian(512, n),
+        "slow power law": lambda: with_spectrum(512, n, lambda i: i**-0.25),
+    }[kind]()
+    monkeypatch.setattr(krylov, "OVERSAMPLING", 2)  # blocks of the same share of the side
+    monkeypatch.setattr(krylov, "_dense", None)
+    found = krylov.top_triplets(D, torch.Generator().manual_seed(0), rank=rank)
+    exact = torch.linalg.svdvals(D.double())[:rank].square().sum()
+    assert float(found.S.double().square().sum()) >= (1 - 1e-3) * float(exact)
 
 
 def test_directions_of_a_low_rank_matrix_end_at_its_rank():

@@ -18,8 +18,9 @@ from csulora.method.difference import Difference, energy_of
 OVERSAMPLING = 16
 # Stop when the energy of the leading k directions that is still missing is below this share of it.
 MISSING = 2e-4
-# Past this share of the smaller side a dense decomposition costs no more than another block.
-DENSE_SHARE = 0.5
+# A first block above this share of the smaller side is no saving, and past the second share a dense
+# decomposition costs no more than what is left to do.
+DENSE_BLOCK, DENSE_SHARE = 0.5, 0.75
 
 
 class Triplets(NamedTuple):
@@ -69,35 +70,40 @@ def _krylov(
     n = T.shape[1]
     block = min(n, min(rank, n) + OVERSAMPLING)
     columns = block if energy_share is None else n  # the most that can be wanted
-    if block >= DENSE_SHARE * n:
+    if block >= DENSE_BLOCK * n:
         return _dense(T, columns)
     basis = torch.empty(n, 0, dtype=T.dtype, device=T.device)
-    images = torch.empty(T.shape[0], 0, dtype=torch.float64, device=T.device)
+    images: list[Tensor] = []
     gram = torch.empty(0, 0, dtype=torch.float64, device=T.device)
     new = torch.randn(n, block, generator=generator, dtype=T.dtype).to(T.device)
     captured: list[float] = []
     while True:
         new = _orthonormal_against(new, basis)
-        image = T @ new
-        basis, images = torch.cat([basis, new], dim=1), torch.cat([images, image.double()], dim=1)
-        gram = _grow_gram(gram, images)
+        images.append(T @ new)
+        basis = torch.cat([basis, new], dim=1)
+        new = T.mT @ images[-1]
+        gram = _grown(gram, (basis.mT @ new).double())
         values = torch.linalg.eigvalsh(gram)
         captured.append(_leading_energy(values.flip(0), rank, energy_share, total))
         enough = energy_share is None or float(values.sum()) >= energy_share * total
         if enough and _missing(captured) <= MISSING * captured[-1]:
             leading = torch.linalg.eigh(gram)[1].flip(1)[:, :columns]
-            return _rayleigh_ritz(basis.double() @ leading, images @ leading)
+            return _rayleigh_ritz(
+                basis.double() @ leading, torch.cat(images, dim=1).double() @ leading
+            )
         if basis.shape[1] + block > DENSE_SHARE * n:
             return _dense(T, columns)
-        new = T.mT @ image
 
 
-def _grow_gram(gram: Tensor, images: Tensor) -> Tensor:
-    """images^T images, given that of all but the last columns."""
+def _grown(gram: Tensor, cross: Tensor) -> Tensor:
+    """The Gram matrix of all images, from that of all but the last columns and the products with those.
+
+    In float32 it decides when to stop and what leads; singular values come of the images themselves.
+    """
     done = gram.shape[0]
-    cross = images.mT @ images[:, done:]
+    last = (cross[done:] + cross[done:].mT) / 2
     top = torch.cat([gram, cross[:done]], dim=1)
-    return torch.cat([top, cross.mT], dim=0)
+    return torch.cat([top, torch.cat([cross[:done].mT, last], dim=1)], dim=0)
 
 
 def _leading_energy(values: Tensor, rank: int, energy_share: float | None, total: float) -> float:

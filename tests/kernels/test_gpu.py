@@ -33,14 +33,14 @@ LARGE = {  # real sizes, for what small ones cannot show: several waves of progr
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", cases.TYPES, ids=str)
 @pytest.mark.parametrize("name", [*CASES, *SLOW, *LARGE])
 def test_every_stage_is_as_exact_on_the_gpu(name, dtype):
     case = replace((CASES | SLOW | LARGE)[name], dtype=dtype, again=True)
     cases.check(case, "cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", cases.TYPES, ids=str)
 @pytest.mark.parametrize("name", shifted.CASES)
 def test_every_stage_of_realignment_is_as_exact_on_the_gpu(name, dtype):
     one = shifted.CASES[name]
@@ -92,7 +92,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", cases.TYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_product_with_a_difference_is_exact(dtype, transposed):
     base, aligned = (torch.randn(1000, 4096, device="cuda").to(dtype) for _ in range(2))

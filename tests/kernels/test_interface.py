@@ -113,5 +113,4 @@ def test_nothing_is_allocated_or_read_back_with_out_and_workspace(form, monkeypa
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **kw: seen.append("launch"))
     with Recorded(seen):
         kernels.correct(table, basis, penalties, out=out, workspace=ws)
-    # Views of slot 0 of the partial sums, and no more.
-    assert set(seen) == {"aten.select.int", "launch"} and seen.count("launch") == 3
+    assert seen == ["launch"] * 3

@@ -1,4 +1,9 @@
-"""The kernels under the interpreter, stage by stage against float64."""
+"""The kernels under the interpreter, stage by stage against float64.
+
+Each case runs in its own type; all cases in every type, as on a GPU, by -m exhaustive.
+"""
+
+from dataclasses import replace
 
 import cases
 import pytest
@@ -14,26 +19,33 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", cases.CASES)
-def test_every_stage_is_as_exact_as_promised(name):
-    cases.check(cases.CASES[name])
+def in_every_type(own, slow=()):
+    """(name, type) of each case, given the types that they have of themselves."""
+    for name, dtype in own.items():
+        for other in cases.TYPES:
+            usual = other == dtype and name not in slow
+            yield pytest.param(name, other, marks=() if usual else pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("name", shifted.CASES)
-def test_every_stage_of_realignment_is_as_exact(name):
-    shifted.check(shifted.CASES[name])
+OWN = {name: case.dtype for name, case in (cases.CASES | cases.SLOW).items()}
+SHIFTED = {name: one.case.dtype for name, one in shifted.CASES.items()}
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_every_type(OWN, cases.SLOW), ids=str)
+def test_every_stage_is_as_exact_as_promised(name, dtype):
+    cases.check(replace((cases.CASES | cases.SLOW)[name], dtype=dtype))
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_every_type(SHIFTED), ids=str)
+def test_every_stage_of_realignment_is_as_exact(name, dtype):
+    one = shifted.CASES[name]
+    shifted.check(replace(one, case=replace(one.case, dtype=dtype)))
 
 
 @pytest.mark.parametrize("form", kernels.FORMS)
 def test_every_granularity_has_a_case(form):
     found = {case.granularity for case in cases.CASES.values() if case.form == form}
     assert found == set(kernels.GRANULARITIES)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", cases.SLOW)
-def test_large_ranks_are_as_exact(name):
-    cases.check(cases.SLOW[name])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -78,3 +90,16 @@ def test_what_is_not_finite_stays_in_its_adapter_and_module(form, factor):
             assert torch.equal(found.A(i, m), wanted.A(i, m))
             assert torch.equal(found.B(i, m), wanted.B(i, m))
     assert bool(getattr(found, factor)(1, 1).isnan().any())
+
+
+def test_without_the_lessons_of_the_fixture_products_are_the_same(monkeypatch):
+    """Outside of these tests the interpreter multiplies no bfloat16: kernels upcast what they split."""
+    case = cases.Case(((40, 36, 7), (33, 50, 1)), (8, 3), cases.B16)
+    made = cases.problem(case, "cpu")
+    basis = kernels.pack_basis(made.bases, "cpu")
+    table = kernels.pack(made.adapters, basis)
+    first = kernels.correct(table, basis, case.correction).table
+    monkeypatch.setattr("csulora_kernels.api.interpreted", lambda kernel: True)
+    second = kernels.correct(table, basis, case.correction).table
+    for X, Y in zip(cases.table_views(first), cases.table_views(second), strict=True):
+        assert torch.equal(X, Y)
