@@ -18,9 +18,9 @@ from csulora.method.difference import Difference, energy_of
 OVERSAMPLING = 16
 # Stop when the energy of the leading k directions that is still missing is below this share of it.
 MISSING = 2e-4
-# A first block above this share of the smaller side is no saving, and past the second share a dense
-# decomposition costs no more than what is left to do.
-DENSE_BLOCK, DENSE_SHARE = 0.5, 0.75
+# Past this share of the smaller side a dense decomposition costs no more than what is left to do; of a
+# small side it costs little anyway, and is exact.
+DENSE_SHARE, SMALL_SHARE, SMALL = 0.75, 0.5, 512
 
 
 class Triplets(NamedTuple):
@@ -70,7 +70,7 @@ def _krylov(
     n = T.shape[1]
     block = min(n, min(rank, n) + OVERSAMPLING)
     columns = block if energy_share is None else n  # the most that can be wanted
-    if block >= DENSE_BLOCK * n:
+    if block >= SMALL_SHARE * n:
         return _dense(T, columns)
     basis = torch.empty(n, 0, dtype=T.dtype, device=T.device)
     images: list[Tensor] = []
@@ -91,7 +91,7 @@ def _krylov(
             return _rayleigh_ritz(
                 basis.double() @ leading, torch.cat(images, dim=1).double() @ leading
             )
-        if basis.shape[1] + block > DENSE_SHARE * n:
+        if basis.shape[1] + block > (DENSE_SHARE if n > SMALL else SMALL_SHARE) * n:
             return _dense(T, columns)
 
 

@@ -307,7 +307,8 @@ class One:
             pinned = 0 if case.strengths[0] <= case.strengths[3] else 3
             X, Y = (oracle.blocks(Z, self.U, self.V)[pinned] for Z in (found, wanted))
             return float((X - Y).norm() / wanted.norm().clamp_min(1e-300))
-        limit = 2 * self.reference_error(wanted) + 5e-7
+        # solve drops what is noise in float32 Gram matrices: at rank 128 above 1e-6 of the update.
+        limit = 2 * self.reference_error(wanted) + (1e-6 if case.dtype == torch.float32 else 5e-7)
         assert error <= limit, f"{error:.2e} where the reference is off by half of {limit:.2e}"
         return error
 
