@@ -190,7 +190,7 @@ def _recompose_side(
                 p_data + (o_c[:, None] + b_d[None, :]), mask=m_c[:, None] & m_d[None, :], other=0.0
             )
         if RESIDENT:
-            w_high, w_low = rounded_parts(_basis_operand(p_w, b_d, m_d, 0, length, k, BLOCK_K))
+            w_high, w_low = rounded_parts(_basis_operand(p_w, b_d, m_d, 0, length, k, BLOCK_K, J))
             b_new = tl.zeros([J, BLOCK_D], tl.float32)
             b_new = product(z_low, w_high, b_new, EMULATE)
             b_new = product(z_high, w_low, b_new, EMULATE)
@@ -208,7 +208,7 @@ def _recompose_side(
                 b_new = tl.zeros([J, BLOCK_D], tl.float32) + b_wrong[:, None]
                 for k_from in tl.range(0, K, BLOCK_K, num_stages=1):
                     b_z = _coordinates(p_Z, e_j, row, i_j < n_adapters, k_from, K, ROWS, BLOCK_K)
-                    b_w = _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
+                    b_w = _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K, J)
                     b_new = _full_product(b_z, b_w, b_new, WIDE, EMULATE)
                 if KIND == CORES:
                     b_y = _cores(p_Y, e_j, i_j, i_c, row, b_c % R, n_adapters, R, ROWS, SIDE)
@@ -256,15 +256,15 @@ def _cores(
 
 
 @triton.jit
-def _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
-    """The same, loaded without gaps.
+def _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr, J: tl.constexpr):
+    """The same, loaded without gaps, for a product of J rows.
 
     Triton gives loads and stores of one shape the vector of the narrowest type: eight elements, of which a
     thread then copies four at a time, and with L1 passed by L2 is asked for every 32 bytes twice.
-    A shape of its own, of three dimensions, keeps this one apart. Not for the shorter tiles of sm_80, where
-    Triton would copy that shape four bytes at a time.
+    A shape of its own, of three dimensions, keeps this one apart. Not where a product has too few rows for a warp
+    group, nor on sm_80, whose tiles are shorter: Triton would copy that shape four bytes at a time.
     """
-    if b_d.shape[0] < 64:
+    if b_d.shape[0] < 64 or J < 64:
         return basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
     b_k = tl.arange(0, 2)[:, None] * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
     b_k += k_from
