@@ -200,7 +200,7 @@ def _store(
     # One block of directions is enough. No mask has a truth value of one element in it: Triton's
     # interpreter makes integers of those.
     i_G = first + tl.arange(0, GROUP)
-    m_G = i_G[:, None] + tl.zeros([1, R], tl.int32) < tl.where(m_block, n_adapters, 0)
+    m_G = tl.arange(0, R)[None, :] < tl.where((i_G < n_adapters)[:, None] & m_block, R, 0)
     o_row = (o_slot + i_G * n_modules)[:, None] * R + tl.arange(0, R)[None, :]
     o_G = o_row[:, :, None] * R + tl.arange(0, R)[None, None, :]
     tl.store(p_G + o_G, b_G, mask=m_G[:, :, None])

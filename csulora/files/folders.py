@@ -254,7 +254,7 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or "\\" in name:
         raise CsuloraError(f"{source}: entry {name!r} points outside its folder; refused")
     path = folder / name
-    if len(parts) == 1 and not path.is_symlink():
+    if len(parts) == 1 and not os.path.islink(path):
         return path  # lies in the folder, wherever that is
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     caches = [parent.parent for parent in root.parents if parent.name == "snapshots"]
