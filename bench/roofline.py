@@ -51,7 +51,7 @@ def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     H, N = work.kind.halves, work.adapters
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
     k = max(s.k for s in work.shapes)
-    groups = -(-N // tiles.group)
+    groups = -(-N // (tiles.group * tiles.strips))  # that share each basis tile
     groups_B, groups_A = (-(-N // recompose_group(tiles, h)) for h in (1, H))
     writes_B = work.kind.writes_B
     project = counted["project"] + (groups - 1) * work.basis

@@ -83,6 +83,9 @@ def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_on
     share = again / work.length
     inputs = share * (work.factors + work.basis)
     assert 0 <= counted["recompose"] - inputs - work.result <= small
+    k = max(s.k for s in work.shapes)
+    again = int(stretches.sum()) * k * 4 - work.basis  # each program reads its stretch of the basis
+    assert roofline.stage_l2_bytes(work, tiles)["project"] == counted["project"] + again
 
 
 def test_a_forecast_is_its_largest_limit_and_grows_with_the_work(monkeypatch):
