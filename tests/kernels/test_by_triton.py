@@ -203,6 +203,25 @@ def test_modules_of_one_adapter_may_have_strengths_of_their_own(batch, backend):
     assert new.config["rank_pattern"] == {"a": 6}
 
 
+@pytest.mark.parametrize("dtype", [B16, F16])
+@pytest.mark.parametrize("settings", [Realignment(form="same", edge=False), Correction(0, 0, 0, 0)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_scaling_is_folded_into_a_b_that_stays_before_anything_is_rounded(
+    batch, backend, settings, dtype
+):
+    """Written as float32, it has every digit of the product, and its range."""
+    subspace, _ = batch
+    scaling = 4096 * 1.7  # with entries of B above 10, out of float16's range
+    small = lora("ab", B=dtype, A=dtype, size=(10.0, 1e-3))
+    modules = {n: replace(m, alpha=3 * scaling, scaling=scaling) for n, m in small.modules.items()}
+    config = {"r": 3, "lora_alpha": 3 * scaling}
+    plan = Plan.of(LoraAdapter(modules, config), subspace, settings, dtype=F32, portable=True)
+    (solved,) = pick_solver(backend, torch.device("cpu"))([plan], torch.device("cpu"))
+    new, _ = finish(plan, solved)
+    for name, module in modules.items():
+        assert torch.equal(new.modules[name].B, module.B.float() * scaling)
+
+
 # --- estimation -----------------------------------------------------------------------------------
 
 
