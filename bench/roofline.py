@@ -10,7 +10,7 @@ import torch
 from workloads import Workload
 
 from csulora_kernels import Tiles
-from csulora_kernels.plan import recompose_group
+from csulora_kernels.plan import project_groups, recompose_group
 
 
 def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
@@ -51,10 +51,9 @@ def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     H, N = work.kind.halves, work.adapters
     d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
     k = max(s.k for s in work.shapes)
-    groups = -(-N // (tiles.group * tiles.strips))  # that share each basis tile
     groups_B, groups_A = (-(-N // recompose_group(tiles, h)) for h in (1, H))
     writes_B = work.kind.writes_B
-    project = counted["project"] + (groups - 1) * work.basis
+    project = counted["project"] + (project_groups(N, tiles) - 1) * work.basis
     again = 4 * k * ((groups_B - 1) * d_out * writes_B + (groups_A - 1) * d_in)
     # The coefficients of an adapter come once a program, that is once a stretch.
     stretches = sum(-(-d // tiles.recompose_length) for s in work.shapes for d in s[:2])
@@ -68,9 +67,8 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     K, R, N = tiles.K, tiles.R, work.adapters
     parts = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 3}[work.dtype]
     gram = 3 if work.dtype == torch.float32 else 1
-    groups = -(-N // tiles.group)
-    C = tiles.group * R
-    project = 2 * work.length * groups * (parts * K * C + gram * C * R)
+    C = tiles.group * tiles.strips * R
+    project = 2 * work.length * project_groups(N, tiles) * (parts * K * C + gram * C * R)
     # A product with the cores of several adapters is one with the zeros between them.
     H, split = work.kind.halves, 3
     core = 3 if work.dtype != torch.bfloat16 else 2

@@ -79,8 +79,10 @@ class LoraModule:
         return replace(self, A=self.A.detach(), B=self.B.detach())
 
     def portable(self, rank: int) -> LoraModule:
-        """The same update with the scaling folded into B and zeros up to `rank`."""
-        A, B, missing = self.A, self.B * self.scaling, rank - self.rank
+        """The same update with the scaling folded into a B of at least float32, zeros up to `rank`."""
+        # A type of 16 bits need not hold B's digits, or its size, once it is multiplied.
+        wide = self.B.to(torch.promote_types(self.B.dtype, torch.float32))
+        A, B, missing = self.A, wide * self.scaling, rank - self.rank
         if missing:  # a pad of nothing copies all
             A = torch.nn.functional.pad(A, (0, 0, 0, missing))
             B = torch.nn.functional.pad(B, (0, missing))

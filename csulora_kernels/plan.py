@@ -23,9 +23,14 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
         for side, d in enumerate((shape.d_out, shape.d_in)):
             for split, start in enumerate(range(0, d, tiles.split_length)):
                 end = min(start + tiles.split_length, d)
-                for group in range(-(-adapters // (tiles.group * tiles.strips))):
+                for group in range(project_groups(adapters, tiles)):
                     rows += [(side, m, group, block, split, start, end) for block in range(blocks)]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 7)
+
+
+def project_groups(adapters: int, tiles: Tiles) -> int:
+    """Programs of project that read the same stretch of a basis, each for other adapters."""
+    return -(-adapters // (tiles.group * tiles.strips))
 
 
 def recompose_work(

@@ -40,7 +40,7 @@ class Tiles:
 
     R: int  # ranks padded to a power of two
     K: int  # directions padded to a multiple of DIRECTIONS
-    group: int  # most adapters that share one basis tile
+    group: int  # most adapters in one strip of columns
     strips: int  # of `group` adapters in one program of project, 1 or 2
     project: Launch
     split_length: int  # d of one program in project, a multiple of its block_d

@@ -136,9 +136,7 @@ def _module(
     alpha = alpha_for_rank(old.alpha, old.rank, A.shape[0], rslora)
     new = LoraModule(A, B, alpha, old.scaling, old.embedding)
     if portable_rank is not None:
-        # A B that stays comes in its own type, which need not hold what it is multiplied to.
-        wide = B.to(torch.promote_types(B.dtype, torch.float32))
-        new = replace(new, B=wide).portable(portable_rank)
+        new = new.portable(portable_rank)
         B, A = new.B, new.A
     if torch.float16 in (into[0].dtype, into[1].dtype) and not _as_it_is(member, pair, A):
         B, A = balance(B, A)
