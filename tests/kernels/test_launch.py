@@ -93,7 +93,9 @@ def test_several_threads_may_multiply_by_a_difference():
 
 
 @pytest.mark.usefixtures("interpreter", "switching")
-def test_the_command_corrects_several_adapters_at_once(tmp_path, subspace, capsys):
+def test_the_command_corrects_several_adapters_at_once(tmp_path, subspace, capsys, monkeypatch):
+    # Each in a launch of its own: tiles, and with them the last bits, depend on how many are in one.
+    monkeypatch.setattr("csulora.batch.local.TOGETHER", 1)
     folders = [
         builders.write_adapter(tmp_path / "in" / f"lora{i}", rank=2 + i, seed=i) for i in range(2)
     ]
