@@ -95,19 +95,21 @@ def forecast(work: Workload, gpu: Gpu) -> list[Forecast]:
 
 
 def issued(work: Workload, tiles: Tiles, stage: str, code: Code) -> float:
-    """Instructions that all warps of a launch issue: turns of the loops of B and of A, in this order."""
+    """Instructions that all warps of a launch issue: turns of the loops, in their order."""
     if stage == "project":
         rows = plan.project_work(work.shapes, work.adapters, tiles)
-        block = tiles.project.block_d
+        block, bodies = tiles.project.block_d, rows[:, 0]
     else:
-        sides = (0, 1) if work.kind.writes_B else (1,)
-        rows = plan.recompose_work(work.shapes, work.adapters, tiles, work.kind.halves, sides)
-        block = tiles.recompose.block_d
+        rows = plan.recompose_work(work.shapes, work.adapters, tiles, work.kind)
+        # Those of B before those of A, and wide sides before the others.
+        block, bodies = tiles.recompose.block_d, rows[:, 0] + 2 * (1 - rows[:, 1])
     turns = (rows[:, -1] - rows[:, -2] + block - 1) // block
-    loops = (code.loops[0], code.loops[-1])
-    looped = sum(int(turns[rows[:, 0] == side].sum()) * loops[side] for side in (0, 1))
-    # A program runs the code of one side besides.
-    return code.warps * (looped + len(rows) * code.outside / 2)
+    kinds = sorted(set(bodies.tolist()))
+    # A side that is copied has no loop with a product: a turn of it counts as one of the other side.
+    loops = (*code.loops[-len(kinds) :], code.loops[-1])
+    looped = sum(int(turns[bodies == body].sum()) * loops[i] for i, body in enumerate(kinds))
+    # A program runs the code of one body besides.
+    return code.warps * (looped + len(rows) * code.outside / len(kinds))
 
 
 @cache

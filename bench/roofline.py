@@ -10,7 +10,13 @@ import torch
 from workloads import Workload
 
 from csulora_kernels import Tiles
-from csulora_kernels.plan import project_groups, recompose_group
+from csulora_kernels.plan import (
+    RecomposeItem,
+    project_groups,
+    recompose_group,
+    recompose_strips,
+    recompose_work,
+)
 
 
 def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
@@ -48,18 +54,19 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
 def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     """Bytes between L2 and the processors: what each program asks for, as often as it does."""
     counted = stage_bytes(work, tiles)
-    H, N = work.kind.halves, work.adapters
-    d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
-    k = max(s.k for s in work.shapes)
-    groups_B, groups_A = (-(-N // recompose_group(tiles, h)) for h in (1, H))
-    writes_B = work.kind.writes_B
+    N, R, k = work.adapters, tiles.R, max(s.k for s in work.shapes)
     project = counted["project"] + (project_groups(N, tiles) - 1) * work.basis
-    again = 4 * k * ((groups_B - 1) * d_out * writes_B + (groups_A - 1) * d_in)
-    # The coefficients of an adapter come once a program, that is once a stretch.
-    stretches = sum(-(-d // tiles.recompose_length) for s in work.shapes for d in s[:2])
-    each = 4 * (tiles.K * H * tiles.R + H * tiles.R * tiles.R)
-    coefficients = max(0, stretches - len(work.shapes)) * N * each
-    return {**counted, "project": project, "recompose": counted["recompose"] + again + coefficients}
+    # Counted already: the basis for the first group, an adapter's coefficients for the first stretch.
+    again = 0
+    for item in items(work, tiles):
+        if item.group:
+            again += 4 * k * (item.d_to - item.d_from)
+        if item.d_from:
+            width = recompose_group(tiles, work.kind, item.wide)
+            rows = R if item.wide else work.kind.halves * R
+            cores = 0 if item.wide or work.kind.method == "realign" else rows * R
+            again += 4 * min(width, N - item.group * width) * (tiles.K * rows + cores)
+    return {**counted, "project": project, "recompose": counted["recompose"] + again}
 
 
 def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
@@ -70,12 +77,21 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     C = tiles.group * tiles.strips * R
     project = 2 * work.length * project_groups(N, tiles) * (parts * K * C + gram * C * R)
     # A product with the cores of several adapters is one with the zeros between them.
-    H, split = work.kind.halves, 3
-    core = 3 if work.dtype != torch.bfloat16 else 2
-    width_B, width_A = (recompose_group(tiles, h) * R for h in (1, H))
-    cores_B = core * width_B * R if work.form == "same" else 0
-    cores_A = core * width_A * H * R if work.kind.method == "csulora" else 0
-    per_row = 2 * (split * K * R + cores_B) if work.kind.method == "csulora" else 0  # of B
-    per_column = 2 * (split * K * H * R + cores_A)  # of A
-    d_out, d_in = (sum(getattr(s, side) for s in work.shapes) for side in ("d_out", "d_in"))
-    return {"project": project, "recompose": N * (d_out * per_row + d_in * per_column)}
+    split, core = 3, 3 if work.dtype != torch.bfloat16 else 2
+    strips = recompose_strips(tiles, work.kind)
+    recompose = 0
+    for item in items(work, tiles):
+        width = recompose_group(tiles, work.kind, item.wide) // strips * R
+        rows = width if item.wide else work.kind.halves * width
+        if work.kind.method == "realign":
+            each = split * K * rows if item.side else 0
+        else:
+            each = split * K * rows + (0 if item.wide else core * width * rows)
+        recompose += 2 * (item.d_to - item.d_from) * strips * each
+    return {"project": project, "recompose": recompose}
+
+
+def items(work: Workload, tiles: Tiles) -> list[RecomposeItem]:
+    """The programs of recompose."""
+    rows = recompose_work(work.shapes, work.adapters, tiles, work.kind)
+    return [RecomposeItem(*row) for row in rows.tolist()]

@@ -94,3 +94,32 @@ def gram_products(x, GROUP: tl.constexpr, EMULATE: tl.constexpr):
     return tl.dot(
         y, tl.permute(y, (0, 2, 1)), input_precision="tf32x3", max_num_imprecise_acc=SEPARATE
     )
+
+
+@triton.jit
+def times_factor(y, x, acc, EMULATE: tl.constexpr):
+    """acc + y x for a 16-bit factor tile x and the two parts of a float32 y."""
+    y_high, y_low = y
+    if x.dtype == tl.bfloat16:
+        acc = product(y_low, x, acc, EMULATE)
+        acc = product(y_high, x, acc, EMULATE)
+    else:
+        high, low = rounded_parts(x.to(tl.float32))
+        acc = product(y_low, high, acc, EMULATE)
+        acc = product(y_high, low, acc, EMULATE)
+        acc = product(y_high, high, acc, EMULATE)
+    return acc
+
+
+@triton.jit
+def full_product(a, b, acc, WIDE: tl.constexpr, EMULATE: tl.constexpr):
+    """acc + a b for float32 a, b: to 2^-21 for WIDE, else 2^-16."""
+    if WIDE:
+        acc += tl.dot(a, b, input_precision="tf32x3", max_num_imprecise_acc=SEPARATE)
+    else:
+        a_high, a_low = rounded_parts(a)
+        b_high, b_low = rounded_parts(b)
+        acc = product(a_low, b_high, acc, EMULATE)
+        acc = product(a_high, b_low, acc, EMULATE)
+        acc = product(a_high, b_high, acc, EMULATE)
+    return acc

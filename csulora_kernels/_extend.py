@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csulora_kernels._tables import place_of, rank_of, side_of
+
 
 @triton.jit
 def basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr):
@@ -27,9 +29,8 @@ def append_basis(
     """Rows r to r + k of A': V^T as it is."""
     _, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
     i_module, i_group, d_from, d_to = part
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + 1), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 4), 4)
+    length, k, o_basis = side_of(p_modules, i_module, 1, VEC_D)
+    p_w = p_basis + o_basis
     for d in range(d_from, d_to, BLOCK_D):
         b_d = d + tl.arange(0, BLOCK_D)
         m_d = tl.max_constancy(b_d < d_to, VEC_D)
@@ -38,8 +39,8 @@ def append_basis(
             b_w = basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
             for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
                 e = (i * n_modules + i_module).to(tl.int64)
-                r = tl.load(p_entries + e * 3)
-                o_A = tl.multiple_of(tl.load(p_out_entries + e * 3 + 2), VEC_D)
+                r = rank_of(p_entries, e, True, 1, 1)
+                o_A = place_of(p_out_entries, e, True, 1, VEC_D)
                 o_row = tl.multiple_of(o_A + (r + b_k) * length, VEC_D)
                 tl.store(
                     p_out + (o_row[:, None] + b_d[None, :]),
@@ -64,9 +65,8 @@ def extend_B(
     """B' = [B, U c] (d_out, r + k) of GROUP adapters."""
     p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
     i_module, i_group, d_from, d_to = part
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    p_w = p_basis + tl.multiple_of(tl.load(p_modules + i_module * 5 + 3), 4)
+    length, k, o_basis = side_of(p_modules, i_module, 0, VEC_D)
+    p_w = p_basis + o_basis
     b_r = tl.arange(0, R)
     for d in range(d_from, d_to, BLOCK_D):
         b_d = d + tl.arange(0, BLOCK_D)
@@ -76,8 +76,8 @@ def extend_B(
             b_w = tl.trans(basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K))
             for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
                 e = (i * n_modules + i_module).to(tl.int64)
-                r = tl.multiple_of(tl.load(p_entries + e * 3), VEC_R)
-                o_B = tl.multiple_of(tl.load(p_out_entries + e * 3 + 1), VEC_R)
+                r = rank_of(p_entries, e, True, VEC_R, 1)
+                o_B = place_of(p_out_entries, e, True, 0, VEC_R)
                 stride = tl.multiple_of(r + k, VEC_R)
                 o_row = o_B + b_d[:, None].to(tl.int64) * stride
                 b_c = tl.load(p_c + e * K + b_k)
@@ -88,7 +88,7 @@ def extend_B(
                     & tl.max_constancy(b_k < tl.where(r > 0, k, 0), VEC_R)[None, :],
                 )
                 if k_from == 0:
-                    o_old = tl.multiple_of(tl.load(p_entries + e * 3 + 1), VEC_R)
+                    o_old = place_of(p_entries, e, True, 0, VEC_R)
                     m_old = m_d[:, None] & tl.max_constancy(b_r < r, VEC_R)[None, :]
                     b_B = tl.load(
                         p_data + (o_old + b_d[:, None].to(tl.int64) * r + b_r[None, :]), mask=m_old

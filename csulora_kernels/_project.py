@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from csulora_kernels._dots import basis_parts, basis_product, gram_products
+from csulora_kernels._tables import place_of, project_item, rank_of, side_of
 
 
 @triton.jit(do_not_specialize=["n_adapters", "n_modules"])
@@ -24,7 +25,7 @@ def project_kernel(
     p_basis,  # flat float32
     p_entries,  # (N, M, 3) int64: r, o_B, o_A
     p_modules,  # (M, 5) int64: d_out, d_in, k, o_U, o_V
-    p_work,  # (programs, 7) int32: side, module, group, block of k, split, d from, d to
+    p_work,  # (programs, fields of a ProjectItem) int32
     p_P,  # (splits, N, M, K, R) float32
     p_Q,  # (splits, N, M, R, K)
     p_G_B,  # (splits, N, M, R, R)
@@ -41,26 +42,13 @@ def project_kernel(
     VEC_D: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    p_item = p_work + tl.program_id(0) * 7
-    side = tl.load(p_item)
-    i_module = tl.load(p_item + 1)
-    i_group = tl.load(p_item + 2)
-    i_block = tl.load(p_item + 3)
-    i_split = tl.load(p_item + 4)
-    d_from = tl.multiple_of(tl.load(p_item + 5), BLOCK_D)
-    d_to = tl.multiple_of(tl.load(p_item + 6), VEC_D)
+    side, part = project_item(p_work, BLOCK_D, VEC_D)
     batch = (p_data, p_basis, p_entries, p_modules, n_adapters, n_modules)
-    part = (i_module, i_group, i_block, i_split, d_from, d_to)
+    TILE: tl.constexpr = (K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D)
     if side == 0:
-        out = (p_P, p_G_B)
-        _project_side(
-            batch, part, out, 0, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
-        )
+        _project_side(batch, part, (p_P, p_G_B), 0, TILE, EMULATE)
     else:
-        out = (p_Q, p_G_A)
-        _project_side(
-            batch, part, out, 1, K, R, GROUP, STRIPS, BLOCK_K, BLOCK_D, VEC_R, VEC_D, EMULATE
-        )
+        _project_side(batch, part, (p_Q, p_G_A), 1, TILE, EMULATE)
 
 
 @triton.jit
@@ -69,35 +57,34 @@ def _project_side(
     part,
     out,
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
-    K: tl.constexpr,
-    R: tl.constexpr,
-    GROUP: tl.constexpr,
-    STRIPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VEC_R: tl.constexpr,
-    VEC_D: tl.constexpr,
+    TILE: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """One stretch of d: one or two strips of C = GROUP R columns of B (or rows of A) against BLOCK_K directions."""
+    K: tl.constexpr = TILE[0]
+    R: tl.constexpr = TILE[1]
+    GROUP: tl.constexpr = TILE[2]
+    STRIPS: tl.constexpr = TILE[3]
+    BLOCK_K: tl.constexpr = TILE[4]
+    BLOCK_D: tl.constexpr = TILE[5]
+    VEC_R: tl.constexpr = TILE[6]
+    VEC_D: tl.constexpr = TILE[7]
+    C: tl.constexpr = GROUP * R
     p_data, p_basis, p_entries, p_modules, n_adapters, n_modules = batch
     i_module, i_group, i_block, i_split, d_from, d_to = part
-    C: tl.constexpr = GROUP * R
     TYPE: tl.constexpr = p_data.dtype.element_ty
-    length = tl.multiple_of(tl.load(p_modules + i_module * 5 + SIDE), VEC_D)
-    k = tl.load(p_modules + i_module * 5 + 2).to(tl.int32)
-    o_basis = tl.multiple_of(tl.load(p_modules + i_module * 5 + 3 + SIDE), 4)
+    length, k, o_basis = side_of(p_modules, i_module, SIDE, VEC_D)
     b_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = b_k < k
     o_k = o_basis + b_k.to(tl.int64) * length
     first = i_group * (GROUP * STRIPS)
     second = first + GROUP
-    p_e = p_entries + i_module * 3
-    one = _columns(p_e, first, n_adapters, n_modules, length, SIDE, GROUP, R, VEC_R, VEC_D)
+    entries = (p_entries, i_module, n_adapters, n_modules)
+    one = _columns(entries, first, length, SIDE, GROUP, R, VEC_R, VEC_D)
     b_P = tl.zeros([BLOCK_K, C], tl.float32)
     b_G = tl.zeros([GROUP, R, R], tl.float32)
     if STRIPS == 2:
-        two = _columns(p_e, second, n_adapters, n_modules, length, SIDE, GROUP, R, VEC_R, VEC_D)
+        two = _columns(entries, second, length, SIDE, GROUP, R, VEC_R, VEC_D)
         b_P2 = tl.zeros([BLOCK_K, C], tl.float32)
         b_G2 = tl.zeros([GROUP, R, R], tl.float32)
     for d in range(d_from, d_to, BLOCK_D):
@@ -123,10 +110,8 @@ def _project_side(
 
 @triton.jit
 def _columns(
-    p_entries,
+    entries,
     first,
-    n_adapters,
-    n_modules,
     length,
     SIDE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,25 +120,22 @@ def _columns(
     VEC_D: tl.constexpr,
 ):
     """Offset, mask and rank of each column of B, or row of A: (GROUP R), for rows (GROUP, R)."""
+    p_entries, i_module, n_adapters, n_modules = entries
     if SIDE == 0:
         b_c = tl.arange(0, GROUP * R)
         i_row = b_c % R
         i_adapter = first + b_c // R
-        m_adapter = i_adapter < n_adapters
-        o_entry = (i_adapter * n_modules).to(tl.int64) * 3
-        r = tl.load(p_entries + o_entry, mask=m_adapter, other=0)
-        o_c = tl.load(p_entries + o_entry + 1, mask=m_adapter, other=0) + i_row
-        # Constant over one adapter's R columns, and contiguous within them.
-        r = tl.max_constancy(tl.multiple_of(r, VEC_R), R)
-        o_c = tl.max_contiguous(tl.multiple_of(o_c, VEC_R), VEC_R)
+        e = (i_adapter * n_modules + i_module).to(tl.int64)
+        r = rank_of(p_entries, e, i_adapter < n_adapters, VEC_R, R)
+        o_B = place_of(p_entries, e, i_adapter < n_adapters, SIDE, VEC_R)
+        o_c = tl.max_contiguous(tl.multiple_of(o_B + i_row, VEC_R), VEC_R)
         return o_c, tl.max_constancy(i_row < r, VEC_R), r
     else:
         i_row = tl.arange(0, R)
         i_adapter = first + tl.arange(0, GROUP)
-        m_adapter = i_adapter < n_adapters
-        o_entry = (i_adapter * n_modules).to(tl.int64) * 3
-        r = tl.load(p_entries + o_entry, mask=m_adapter, other=0)
-        o_A = tl.load(p_entries + o_entry + 2, mask=m_adapter, other=0)
+        e = (i_adapter * n_modules + i_module).to(tl.int64)
+        r = rank_of(p_entries, e, i_adapter < n_adapters, VEC_R, 1)
+        o_A = place_of(p_entries, e, i_adapter < n_adapters, SIDE, 1)
         o_c = tl.multiple_of(o_A[:, None] + (i_row * length)[None, :], (VEC_D, VEC_D))
         return o_c, i_row[None, :] < r[:, None], r
 
@@ -225,8 +207,8 @@ def add_splits_kernel(
     n_entries = tl.num_programs(0).to(tl.int64)
     b_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for side in tl.static_range(2):
-        length = tl.load(p_modules + i_module * 5 + side).to(tl.int32)
-        n_splits = (length + split_length - 1) // split_length
+        length, _, _ = side_of(p_modules, i_module, side, 1)
+        n_splits = (length.to(tl.int32) + split_length - 1) // split_length
         if n_splits > 1:
             if side == 0:
                 _add_slots(p_P, i_entry, n_entries, n_splits, b_i, K * R)

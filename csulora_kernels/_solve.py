@@ -38,6 +38,7 @@ from csulora_kernels._smallmat import (
     tile,
     tile_count,
 )
+from csulora_kernels._tables import side_of
 
 # Noise of a float32 Gram matrix relative to its diagonal, and of the float64 ones formed here.
 NOISE_SINGLE = tl.constexpr(2.0**-21)
@@ -62,18 +63,19 @@ FIT = tl.constexpr(20)  # seven
 SAME_MATRICES = tl.constexpr(tiles.SAME_MATRICES)
 
 
-@triton.jit(do_not_specialize=["n_entries"])
+@triton.jit(do_not_specialize=["n_entries", "n_modules"])
 def solve_kernel(
     p_P,  # (N, M, K, R) float32
     p_Q,  # (N, M, R, K)
     p_G_B,  # (N, M, R, R)
     p_G_A,
+    p_modules,  # (M, 5) int64: d_out, d_in, k, o_U, o_V
     p_X_in,  # (N, M, R, R) float32, not touched for `exact`
     p_X_out,
     p_Y_in,  # (N, M, H R, R) float32, H = 1 (same) or 2 (exact)
     p_Y_out,
     p_W,  # (N, M, K, R) float32: P (X_in - X_out), not touched for `exact`
-    p_Z,  # (N, M, K, H R) float32: ((Y_in - Y_out) Q)^T
+    p_Z,  # (N, M, K, H R) float32: ((Y_in - Y_out) Q)^T, or P (X_in - X_out) where `exact` has its cores on B
     p_energy,  # (N, M) float64
     p_before,  # (N, M, 4)
     p_after,  # (N, M, 4)
@@ -81,6 +83,7 @@ def solve_kernel(
     p_error,  # (N, M)
     p_scratch,  # (programs, EXACT_MATRICES or SAME_MATRICES, R, R) float64
     n_entries,
+    n_modules,
     lambda_aligned,
     lambda_left,
     lambda_right,
@@ -157,23 +160,14 @@ def solve_kernel(
                 misfit += inner_of_differences(p_s, left, left + 2, right, right + 2, R, T)
         tl.store(p_change + e, tl.sqrt(tl.maximum(change * inverse_energy, 0.0)))
         tl.store(p_error + e, tl.sqrt(tl.maximum(misfit, 0.0) / tl.where(exact > 0, exact, 1.0)))
-        _write(
-            p_s,
-            p,
-            p_Pe,
-            p_Qe,
-            p_X_in,
-            p_X_out,
-            p_Y_in,
-            p_Y_out,
-            p_W,
-            p_Z,
-            e,
-            K,
-            R,
-            T,
-            SAME,
-        )
+        if SAME:
+            _write_same(
+                p_s, p, p_Pe, p_Qe, (p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z), e, K, R, T
+            )
+        else:
+            d_out, _, _ = side_of(p_modules, e % n_modules, 0, 1)
+            d_in, _, _ = side_of(p_modules, e % n_modules, 1, 1)
+            _write_exact(p_s, d_out >= d_in, p_Pe, p_Qe, (p_Y_in, p_Y_out, p_Z), e, K, R, T)
 
 
 @triton.jit
@@ -303,45 +297,39 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    p_s,
-    p,
-    p_P,
-    p_Q,
-    p_X_in,
-    p_X_out,
-    p_Y_in,
-    p_Y_out,
-    p_W,
-    p_Z,
-    e,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    SAME: tl.constexpr,
-):
+def _write_same(p_s, p, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
     """The cores in float32, and their products with the coordinates that recompose multiplies."""
     RR: tl.constexpr = R * R
-    if SAME:
-        C = slot(CORES) + 3 * p
-        K_B = slot(RESULT) + 2 * (1 - p) + p
-        X_in = tl.where(p == 0, C, K_B)
-        X_out = tl.where(p == 0, K_B, C)
-        Y_in = tl.where(p == 0, IDENTITY, FIT)
-        Y_out = tl.where(p == 0, FIT, IDENTITY)
-        _store_single(p_X_in + e * RR, p_s, X_in, R, T)
-        _store_single(p_X_out + e * RR, p_s, X_out, R, T)
-        _store_single(p_Y_in + e * RR, p_s, Y_in, R, T)
-        _store_single(p_Y_out + e * RR, p_s, Y_out, R, T)
-        _coordinates(p_W + e * K * R, p_P, R, 1, p_s, X_in, X_out, R, K, R, T, False)
-        _coordinates(p_Z + e * K * R, p_Q, 1, K, p_s, Y_in, Y_out, R, K, R, T, True)
-    else:
-        for half in range(2):
-            k_in = slot(CORES) + 2 * half
-            _store_single(p_Y_in + (e * 2 + half) * RR, p_s, k_in, R, T)
-            _store_single(p_Y_out + (e * 2 + half) * RR, p_s, k_in + 1, R, T)
-            p_Ze = p_Z + e * 2 * K * R + half * R
-            _coordinates(p_Ze, p_Q, 1, K, p_s, k_in, k_in + 1, 2 * R, K, R, T, True)
+    p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z = out
+    C = slot(CORES) + 3 * p
+    K_B = slot(RESULT) + 2 * (1 - p) + p
+    X_in = tl.where(p == 0, C, K_B)
+    X_out = tl.where(p == 0, K_B, C)
+    Y_in = tl.where(p == 0, IDENTITY, FIT)
+    Y_out = tl.where(p == 0, FIT, IDENTITY)
+    _store_single(p_X_in + e * RR, p_s, X_in, R, T)
+    _store_single(p_X_out + e * RR, p_s, X_out, R, T)
+    _store_single(p_Y_in + e * RR, p_s, Y_in, R, T)
+    _store_single(p_Y_out + e * RR, p_s, Y_out, R, T)
+    _coordinates(p_W + e * K * R, p_P, R, 1, p_s, X_in, X_out, R, 1, R, K, R, T)
+    _coordinates(p_Z + e * K * R, p_Q, 1, K, p_s, Y_in, Y_out, 1, R, R, K, R, T)
+
+
+@triton.jit
+def _write_exact(p_s, on_A, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
+    """The same; on_A: whether A is the side that the cores are on."""
+    RR: tl.constexpr = R * R
+    p_Y_in, p_Y_out, p_Z = out
+    for half in range(2):
+        k_in = slot(CORES) + 2 * half
+        _store_single(p_Y_in + (e * 2 + half) * RR, p_s, k_in, R, T)
+        _store_single(p_Y_out + (e * 2 + half) * RR, p_s, k_in + 1, R, T)
+        p_Ze = p_Z + e * 2 * K * R + half * R
+        if on_A:
+            _coordinates(p_Ze, p_Q, 1, K, p_s, k_in, k_in + 1, 1, R, 2 * R, K, R, T)
+        else:
+            k_of_B = slot(CORES) + half
+            _coordinates(p_Ze, p_P, R, 1, p_s, k_of_B, k_of_B + 2, R, 1, 2 * R, K, R, T)
 
 
 @triton.jit(noinline=True)
@@ -362,28 +350,26 @@ def _coordinates(
     p_s,
     a,
     b,
+    stride_i,
+    stride_j,
     ROW: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
-    TRANS: tl.constexpr,
 ):
-    """x (a - b), or x (a - b)^T, (K, R) with rows ROW apart, for x (K, R) with the given strides."""
+    """x (a - b), (K, R) with rows ROW apart, for x (K, R) and matrices whose elements have the given strides."""
     p_a = p_s + a * (R * R)
     p_b = p_s + b * (R * R)
     for n in range(tile_count(K, T)):
         for j in range(tile_count(R, T)):
             b_out = tl.zeros([T, T], tl.float64)
+            b_j = (j * T + tl.arange(0, T)) * stride_j
             for i in range(tile_count(R, T)):
                 b_k = (n * T + tl.arange(0, T)) * stride_k
-                o_i = (i * T + tl.arange(0, T)) * stride_r
-                b_x = tl.load(p_x + b_k[:, None] + o_i[None, :]).to(tl.float64)
-                if TRANS:
-                    o_tile = tile(j, i, R, T)
-                    b_m = tl.trans(tl.load(p_a + o_tile) - tl.load(p_b + o_tile))
-                else:
-                    o_tile = tile(i, j, R, T)
-                    b_m = tl.load(p_a + o_tile) - tl.load(p_b + o_tile)
+                b_i = i * T + tl.arange(0, T)
+                b_x = tl.load(p_x + b_k[:, None] + (b_i * stride_r)[None, :]).to(tl.float64)
+                o_m = (b_i * stride_i)[:, None] + b_j[None, :]
+                b_m = tl.load(p_a + o_m) - tl.load(p_b + o_m)
                 b_out = tl.dot(b_x, b_m, b_out, out_dtype=tl.float64)
             tl.store(p_out + tile(n, j, ROW, T), b_out.to(tl.float32))
     tl.debug_barrier()

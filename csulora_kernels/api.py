@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from csulora_kernels import plan
 from csulora_kernels.launch import Launcher, check_alignment, interpreted
 from csulora_kernels.layout import Basis, Table, empty_like
 from csulora_kernels.settings import Kind, kind_of
@@ -142,6 +143,7 @@ def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores)
         ws.launchers[settings.granularity] = launch
     launch(
         *projection,
+        ws.modules,
         c.X_in if c.X_in is not None else c.Y_in,
         c.X_out if c.X_out is not None else c.Y_in,
         c.Y_in,
@@ -155,6 +157,7 @@ def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores)
         c.rank_error,
         ws.scratch,
         c.energy.numel(),
+        len(ws.shapes),
         float(settings.lambda_aligned),
         float(settings.lambda_left),
         float(settings.lambda_right),
@@ -264,18 +267,17 @@ def _recompose_launcher(table: Table, out: Table, ws: Workspace) -> Launcher:
     from csulora_kernels._recompose import recompose_kernel
 
     tiles, shape = ws.tiles, ws.tiles.recompose
-    kind_B, kind_A = KINDS[ws.kind]
     constants = {
         "K": tiles.K,
         "R": tiles.R,
         "GROUP": tiles.group,
+        "STRIPS": plan.recompose_strips(tiles, ws.kind),
         "BLOCK_J": tiles.recompose_rows,
         "BLOCK_K": shape.block_k,
         "BLOCK_D": shape.block_d,
         "VEC_R": min(table.vec_r, out.vec_r),
         "VEC_D": table.vec_d,
-        "KIND_B": kind_B,
-        "KIND_A": kind_A,
+        "KIND": KINDS[ws.kind],
         "STAGES": shape.stages,
         "EMULATE": interpreted(recompose_kernel),
     }
@@ -289,25 +291,23 @@ def _recompose_launcher(table: Table, out: Table, ws: Workspace) -> Launcher:
     )
 
 
-# Of the sides of B and of A, as _recompose.py numbers them.
-_PARTS, _CORES, _SHIFTED, _EXTENDED = range(4)
+# As _recompose.py and _strip.py number them.
 KINDS = {
-    ("csulora", "exact"): (_PARTS, _CORES),
-    ("csulora", "same"): (_CORES, _CORES),
-    ("realign", "same"): (_SHIFTED, _SHIFTED),
-    ("realign", "exact"): (_EXTENDED, _EXTENDED),
+    ("csulora", "exact"): 4,
+    ("csulora", "same"): 1,
+    ("realign", "same"): 2,
+    ("realign", "exact"): 3,
 }
 
 
-def _coefficients(
-    projection: Projection, cores: Cores | Shift
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What recompose multiplies, and anything at all where it multiplies nothing."""
+def _coefficients(projection: Projection, cores: Cores | Shift) -> tuple[Tensor, ...]:
+    """left, Q, Z, X and Y_out of recompose_kernel, and anything at all where it multiplies nothing."""
     Z = cores.Z
     if isinstance(cores, Shift):
-        return Z if cores.c is None else cores.c, Z, Z, Z
-    W = projection.P if cores.W is None else cores.W
-    return W, Z if cores.X_out is None else cores.X_out, Z, cores.Y_out
+        return Z if cores.c is None else cores.c, Z, Z, Z, Z
+    if cores.W is None or cores.X_out is None:
+        return projection.P, projection.Q, Z, cores.Y_in, cores.Y_out
+    return cores.W, Z, Z, cores.X_out, cores.Y_out
 
 
 def correct(

@@ -34,6 +34,11 @@ class Shape(NamedTuple):
     d_in: int
     k: int
 
+    @property
+    def wide_side(self) -> int:
+        """0 (B) or 1 (A), the longer one: `exact` has its cores on the other, where they cost less."""
+        return 0 if self.d_out >= self.d_in else 1
+
 
 class Slot(NamedTuple):
     """Rank and place of one adapter's factors of one module; rank 0 where it has none."""

@@ -7,15 +7,41 @@ first: what project read last is what is still in L2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from csulora_kernels.layout import Shape
+from csulora_kernels.settings import Kind
 from csulora_kernels.tiles import Tiles
 
 
+class ProjectItem(NamedTuple):
+    """One program of project."""
+
+    side: int  # 0: B and U, 1: A and V
+    module: int
+    group: int  # of `group * strips` adapters
+    block: int  # of `block_k` directions
+    split: int  # which stretch of the side
+    d_from: int
+    d_to: int
+
+
+class RecomposeItem(NamedTuple):
+    """One program of recompose."""
+
+    side: int  # 0: B, 1: A
+    wide: int  # whether it is the side that `exact` writes without cores
+    module: int
+    group: int  # of `recompose_group` adapters
+    d_from: int
+    d_to: int
+
+
 def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tensor:
-    """(programs, 7) int32: side, module, group * strips adapters, block of k, split, d from, d to."""
+    """(programs, fields of a ProjectItem) int32."""
     rows = []
     for m, shape in enumerate(shapes):
         # One program a group even where k = 0: the Gram matrices are wanted all the same.
@@ -23,9 +49,12 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
         for side, d in enumerate((shape.d_out, shape.d_in)):
             for split, start in enumerate(range(0, d, tiles.split_length)):
                 end = min(start + tiles.split_length, d)
-                for group in range(project_groups(adapters, tiles)):
-                    rows += [(side, m, group, block, split, start, end) for block in range(blocks)]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 7)
+                rows += [
+                    ProjectItem(side, m, group, block, split, start, end)
+                    for group in range(project_groups(adapters, tiles))
+                    for block in range(blocks)
+                ]
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, len(ProjectItem._fields))
 
 
 def project_groups(adapters: int, tiles: Tiles) -> int:
@@ -33,27 +62,32 @@ def project_groups(adapters: int, tiles: Tiles) -> int:
     return -(-adapters // (tiles.group * tiles.strips))
 
 
-def recompose_work(
-    shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, halves: int, sides: tuple[int, ...]
-) -> Tensor:
-    """(programs, 5) int32: side, module, group of adapters, d from, d to.
-
-    halves: how often the new A has r rows; sides: 0 (B), 1 (A), those that are written.
-    """
+def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind: Kind) -> Tensor:
+    """(programs, fields of a RecomposeItem) int32."""
     rows = []
     for m, shape in enumerate(shapes):
-        for side in sides:
-            group = recompose_group(tiles, halves if side else 1)
+        for side in kind.sides:
+            wide = int(kind.splits_off and side == shape.wide_side)
+            group = recompose_group(tiles, kind, wide)
             d, step = shape[side], tiles.recompose_length
             for start in range(0, d, step):
                 end = min(start + step, d)
-                rows += [(side, m, i, start, end) for i in range(-(-adapters // group))]
-    return torch.tensor(rows[::-1], dtype=torch.int32).reshape(-1, 5)
+                rows += [
+                    RecomposeItem(side, wide, m, i, start, end)
+                    for i in range(-(-adapters // group))
+                ]
+    return torch.tensor(rows[::-1], dtype=torch.int32).reshape(-1, len(RecomposeItem._fields))
 
 
-def recompose_group(tiles: Tiles, halves: int) -> int:
-    """Adapters of one program of recompose, as `group_of` in _recompose.py has it."""
-    return min(tiles.group, max(1, tiles.recompose_rows // (halves * tiles.R)))
+def recompose_group(tiles: Tiles, kind: Kind, wide: int) -> int:
+    """Adapters of one program of recompose: its strips, and in each as many as `group_of` in _recompose.py has."""
+    rows = (1 if wide else kind.halves) * tiles.R
+    return recompose_strips(tiles, kind) * min(tiles.group, max(1, tiles.recompose_rows // rows))
+
+
+def recompose_strips(tiles: Tiles, kind: Kind) -> int:
+    """Cores as wide as `same` has them leave no shared memory for those of a second strip."""
+    return 1 if kind == ("csulora", "same") else tiles.recompose_strips
 
 
 def splits(shapes: tuple[Shape, ...], tiles: Tiles) -> int:

@@ -47,13 +47,23 @@ class Kind(NamedTuple):
     form: str
 
     @property
+    def splits_off(self) -> bool:
+        """Whether the wide side of each module is written as its two parts, [inside, outside], without cores."""
+        return self == ("csulora", "exact")
+
+    @property
     def halves(self) -> int:
-        """How often the new A has R rows."""
-        return 2 if self == ("csulora", "exact") else 1
+        """How often R rows the new factor has where it is a product with cores."""
+        return 2 if self.splits_off else 1
 
     @property
     def writes_B(self) -> bool:
         return self != ("realign", "same")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Those that are written: 0 (B), 1 (A)."""
+        return (0, 1) if self.writes_B else (1,)
 
     def rank(self, r: int, k: int) -> int:
         """Of a result, where the module has rank r and k directions."""

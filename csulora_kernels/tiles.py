@@ -49,6 +49,7 @@ class Tiles:
     solve_registers: int  # a thread's limit
     solve_programs: int
     recompose: Launch
+    recompose_strips: int  # of up to `group` adapters in one program of recompose, 1 or 2
     recompose_rows: int  # of a new factor at a time, those of a B counted as columns
     recompose_length: int  # d of one program in recompose, a multiple of its block_d
 
@@ -107,7 +108,11 @@ def choose(
         split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
     ):
         split_length //= 2
-    groups = -(-adapters // group) * blocks
+    # So do two strips of recompose, where a program holds the coefficients of each.
+    recompose_rows = max(R, 32 if dtype == torch.float32 and capability < 90 else 64)
+    held = dtype != torch.float32 and recompose.block_k == K and recompose_rows >= 2 * R
+    recompose_strips = 2 if held and adapters > group else 1
+    groups = -(-adapters // (group * recompose_strips)) * blocks
     recompose_length = 4096
     while recompose_length > 512 and groups * sum(-(-d // recompose_length) for d in lengths) < (
         16 * processors
@@ -132,7 +137,8 @@ def choose(
         solve_registers=registers,
         solve_programs=max(1, min(adapters * len(shapes), processors * per_processor)),
         recompose=recompose,
-        recompose_rows=max(R, 32 if dtype == torch.float32 and capability < 90 else 64),
+        recompose_strips=recompose_strips,
+        recompose_rows=recompose_rows,
         recompose_length=recompose_length,
     )
 

@@ -46,7 +46,9 @@ class Energies(NamedTuple):
 class Cores(NamedTuple):
     """The reference's cores and energies, and the coefficients that recompose multiplies.
 
-    Padded: Y of `exact` has its second r rows from row R on. Cores are float32, energies float64.
+    Padded: Y of `exact` has its second r rows from row R on. Cores are float32, energies float64. The result of
+    `exact` has them on the narrow side of each module: B' = B_in X_in + B_out X_out where d_out < d_in, with the
+    same four blocks, X_in = [upper half of Y_in, upper half of Y_out] and X_out the lower halves.
     """
 
     X_in: Tensor | None  # (N, M, R, R), None for exact
@@ -54,7 +56,7 @@ class Cores(NamedTuple):
     Y_in: Tensor  # (N, M, H R, R), H = 2 for exact and 1 for same
     Y_out: Tensor  # (N, M, H R, R)
     W: Tensor | None  # (N, M, K, R): P (X_in - X_out), None for exact
-    Z: Tensor  # (N, M, K, H R): ((Y_in - Y_out) Q)^T
+    Z: Tensor  # (N, M, K, H R): ((Y_in - Y_out) Q)^T, or of `exact` P (X_in - X_out) where B is the narrow side
     energy: Tensor  # these five as in `Energies`
     before: Tensor
     after: Tensor
@@ -92,8 +94,9 @@ class Workspace:
     tiles: Tiles
     kind: Kind
     shapes: tuple[Shape, ...]
-    project_work: Tensor  # (programs, 7) int32
-    recompose_work: Tensor  # (programs, 5) int32
+    modules: Tensor  # of the basis
+    project_work: Tensor  # a `plan.ProjectItem` a program
+    recompose_work: Tensor  # a `plan.RecomposeItem` a program
     splits: int
     partial: Projection  # with a leading dimension of `splits`
     projection: Projection  # its first slot
@@ -130,14 +133,14 @@ def workspace(table: Table, basis: Basis, settings: Any, tiles: Tiles | None = N
     if wrong is not None:
         raise ValueError(f"tiles: {wrong}")
     splits = plan.splits(table.shapes, tiles)
-    sides = (0, 1) if kind.writes_B else (1,)
     partial = _projection_buffers((splits, N, M), tiles.K, tiles.R, device)
     return Workspace(
         tiles,
         kind,
         table.shapes,
+        basis.modules,
         plan.project_work(table.shapes, N, tiles).to(device),
-        plan.recompose_work(table.shapes, N, tiles, kind.halves, sides).to(device),
+        plan.recompose_work(table.shapes, N, tiles, kind).to(device),
         splits,
         partial,
         Projection(*(X[0] for X in partial)),

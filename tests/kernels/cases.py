@@ -274,12 +274,18 @@ class One:
         return left @ right
 
     def factors(self, own: stages.Projection, cores: stages.Cores) -> tuple[Tensor, Tensor]:
-        """B' and A' as `stages.Cores` defines them, in float64."""
+        """B' and A' in float64 as `stages.Cores` defines them, but of `exact` with the cores on the narrow
+        side, as `kernels.Cores` says."""
         B_in, A_in = self.U.double() @ own.P.double(), own.Q.double() @ self.V.double().mT
         B_out, A_out = self.B.double() - B_in, self.A.double() - A_in
-        A_new = cores.Y_in.double() @ A_in + cores.Y_out.double() @ A_out
-        if cores.X_in is None:
+        Y_in, Y_out = cores.Y_in.double(), cores.Y_out.double()
+        A_new = Y_in @ A_in + Y_out @ A_out
+        if cores.X_in is None and B_in.shape[0] >= A_in.shape[1]:
             return torch.cat([B_in, B_out], dim=-1), A_new
+        if cores.X_in is None:
+            (K_ff, K_of), (K_fo, K_oo) = Y_in.chunk(2), Y_out.chunk(2)
+            B_new = B_in @ torch.cat([K_ff, K_fo], dim=-1) + B_out @ torch.cat([K_of, K_oo], dim=-1)
+            return B_new, torch.cat([A_in, A_out])
         return B_in @ cores.X_in.double() + B_out @ cores.X_out.double(), A_new
 
     def check_recompose(

@@ -66,16 +66,11 @@ def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_on
     width = tiles.group * tiles.strips
     members = (adapters - covered[:, 2] * width).clamp(max=width)
     assert int((stretches * members).sum()) * 16 * 2 == work.factors
-    halves, sides = work.kind.halves, (0, 1) if work.kind.writes_B else (1,)
-    written = plan.recompose_work(work.shapes, adapters, tiles, halves, sides).long()
-    group = torch.where(
-        written[:, 0] == 0,
-        plan.recompose_group(tiles, 1),
-        plan.recompose_group(tiles, halves),
-    )
-    members = torch.minimum(adapters - written[:, 2] * group, group)
-    rows = int(((written[:, 4] - written[:, 3]) * members).sum())
-    again = sum(s.d_in + (s.d_out if 0 in sides else 0) for s in work.shapes)
+    rows = 0
+    for item in roofline.items(work, tiles):
+        group = plan.recompose_group(tiles, work.kind, item.wide)
+        rows += (item.d_to - item.d_from) * min(adapters - item.group * group, group)
+    again = sum(s.d_in + (s.d_out if work.kind.writes_B else 0) for s in work.shapes)
     assert rows == adapters * again
     counted = roofline.stage_bytes(work, tiles)
     small = 0.06 * work.floor  # coordinates, Gram matrices and cores
@@ -90,7 +85,7 @@ def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_on
 
 def test_a_forecast_is_its_largest_limit_and_grows_with_the_work(monkeypatch):
     """Without compiling and interpreting: with made-up counts of both."""
-    code = sass.Code((300, 200), 900, 4)
+    code = sass.Code((300, 200, 250, 150), 900, 4)
     monkeypatch.setattr(
         forecast, "codes", lambda *_: {"project_kernel": code, "recompose_kernel": code}
     )

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from csulora_kernels import displacement
+from csulora_kernels import displacement, plan
 from csulora_kernels.api import KINDS
 from csulora_kernels.layout import Shape
-from csulora_kernels.settings import GRANULARITIES
+from csulora_kernels.settings import GRANULARITIES, Kind
 from csulora_kernels.tiles import REALIGN_MATRICES, choose
 
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-SHIFTED, EXTENDED = (KINDS["realign", form][1] for form in ("same", "exact"))
+SHIFTED, EXTENDED = (KINDS["realign", form] for form in ("same", "exact"))
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
@@ -65,17 +65,17 @@ def configurations(arch, dtype, r, k, adapters):
         "registers": tiles.project.registers,
     }
     yield {**common, "kernel": "add_splits", "BLOCK": 1024, "warps": 4, "stages": 3}
-    for kind_B, kind_A in KINDS.values():
+    for kind, number in KINDS.items():
         yield {
             **common,
             **vectors,
             "kernel": "recompose",
             "GROUP": tiles.group,
+            "STRIPS": plan.recompose_strips(tiles, Kind(*kind)),
             "BLOCK_J": tiles.recompose_rows,
             "BLOCK_K": tiles.recompose.block_k,
             "BLOCK_D": tiles.recompose.block_d,
-            "KIND_B": kind_B,
-            "KIND_A": kind_A,
+            "KIND": number,
             "STAGES": tiles.recompose.stages,
             "EMULATE": False,
             "warps": tiles.recompose.warps,
@@ -139,7 +139,7 @@ def representative():
 
 
 def _realigns(c):
-    return c["kernel"] == "realign" or c.get("KIND_A") in (SHIFTED, EXTENDED)
+    return c["kernel"] == "realign" or c.get("KIND") in (SHIFTED, EXTENDED)
 
 
 def everything():
