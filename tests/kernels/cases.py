@@ -16,6 +16,7 @@ from torch import Tensor
 
 import csulora_kernels as kernels
 from csulora.method import stages
+from csulora.method.precision import singular
 from csulora.settings import Correction
 from csulora_kernels.workspace import hardware
 
@@ -274,8 +275,8 @@ class One:
         return left @ right
 
     def factors(self, own: stages.Projection, cores: stages.Cores) -> tuple[Tensor, Tensor]:
-        """B' and A' in float64 as `stages.Cores` defines them, but of `exact` with the cores on the narrow
-        side, as `kernels.Cores` says."""
+        """B' and A' in float64 as `stages.Cores` defines them, but of `exact` with the cores on the
+        narrow side, as `kernels.Cores` says."""
         B_in, A_in = self.U.double() @ own.P.double(), own.Q.double() @ self.V.double().mT
         B_out, A_out = self.B.double() - B_in, self.A.double() - A_in
         Y_in, Y_out = cores.Y_in.double(), cores.Y_out.double()
@@ -309,7 +310,10 @@ class One:
         )
         if case.form == "same":
             stated = float(figures.rank_error)
-            assert abs(error - stated) <= tolerance, (error, stated)
+            # Dependent columns, which the fit divides by noise: the caller solves them in float64.
+            grams, _ = stages.split_grams(self.reference_projection())
+            allowed = 10 * tolerance if bool(singular(grams)) else tolerance
+            assert abs(error - stated) <= allowed, (error, stated)
             pinned = 0 if case.strengths[0] <= case.strengths[3] else 3
             X, Y = (oracle.blocks(Z, self.U, self.V)[pinned] for Z in (found, wanted))
             return float((X - Y).norm() / wanted.norm().clamp_min(1e-300))
@@ -321,11 +325,14 @@ class One:
     def reference_error(self, wanted: Tensor) -> float:
         """Of the reference, in float32 with factors of the case's type in and out."""
         B, A = self.B.float(), self.A.float()
-        own = stages.project(B, A, self.U, self.V)
+        own = self.reference_projection()
         cores, _ = stages.solve(own, self.case.correction)
         pair = stages.recompose(B, A, self.U, self.V, own, cores)
         left, right = (X.to(self.case.dtype).double() for X in pair)
         return distance(left @ right, wanted)
+
+    def reference_projection(self) -> stages.Projection:
+        return stages.project(self.B.float(), self.A.float(), self.U, self.V)
 
 
 def close(X: Tensor, Y: Tensor) -> bool:

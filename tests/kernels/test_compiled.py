@@ -29,7 +29,8 @@ SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
 # The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on
-# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores.
+# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores, and of
+# recompose there.
 # At rank 16 a loop over tiles turns once, so a spill in it is one before it.
 KNOWN_SPILLS = {
     (80, "solve", "float32", 16): 8,
@@ -38,6 +39,7 @@ KNOWN_SPILLS = {
     (90, "realign", "float32", 16): 8,
     (90, "recompose", "float32", 16): 8,
     (80, "project", "float32", 128): 400,
+    (100, "recompose", "bfloat16", 32): 16,
     (100, "solve", "float32", 32): 8,
     (100, "solve", "float32", 64): 8,
     (100, "solve", "float32", 128): 8,
