@@ -27,7 +27,8 @@ def append_basis(
     VEC_D: tl.constexpr,
 ):
     """Rows r to r + k of A': V^T as it is."""
-    _, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    _, p_out, p_basis, p_modules, entries = batch
+    p_entries, p_out_entries, n_adapters, n_modules = entries
     i_module, i_group, d_from, d_to = part
     length, k, o_basis = side_of(p_modules, i_module, 1, VEC_D)
     p_w = p_basis + o_basis
@@ -63,7 +64,8 @@ def extend_B(
     VEC_D: tl.constexpr,
 ):
     """B' = [B, U c] (d_out, r + k) of GROUP adapters."""
-    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
+    p_data, p_out, p_basis, p_modules, entries = batch
+    p_entries, p_out_entries, n_adapters, n_modules = entries
     i_module, i_group, d_from, d_to = part
     length, k, o_basis = side_of(p_modules, i_module, 0, VEC_D)
     p_w = p_basis + o_basis

@@ -102,10 +102,9 @@ def realign_kernel(
         i_module = e % n_modules
         scaling = tl.load(p_scaling + e)
         something = (energy > 0) & (scaling != 0)
-        _shares(
-            p_Pe, p_Qe, p_S + i_module * K, tl.load(p_edge + i_module), scaling, something,
-            strength, gamma, p_f, p_t, p_c + e * K, K, R, EDGE, OPPOSED, SAME,
-        )  # fmt: skip
+        known = (p_S + i_module * K, tl.load(p_edge + i_module), scaling)
+        shares = (p_f, p_t, p_c + e * K)
+        _shares(p_Pe, p_Qe, known, something, strength, gamma, shares, K, R, EDGE, OPPOSED, SAME)
         if SAME:
             _correlations(p_s, INVERSE, p_G, R, T)
             # What is no positive pivot counts as 1.
@@ -141,11 +140,22 @@ def realign_kernel(
 
 @triton.jit
 def _shares(
-    p_P, p_Q, p_S, edge, scaling, something, strength, gamma, p_f, p_t, p_c,
-    K: tl.constexpr, R: tl.constexpr,
-    EDGE: tl.constexpr, OPPOSED: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """f and t of all directions; none of a zero update."""
+    p_P,
+    p_Q,
+    known,  # of the module
+    something,
+    strength,
+    gamma,
+    shares,  # where they go
+    K: tl.constexpr,
+    R: tl.constexpr,
+    EDGE: tl.constexpr,
+    OPPOSED: tl.constexpr,
+    SAME: tl.constexpr,
+):
+    """f and t of all directions, and c; nothing where the update is not something."""
+    p_S, edge, scaling = known
+    p_f, p_t, p_c = shares
     largest = tl.load(p_S)
     largest *= largest
     if EDGE:
@@ -223,9 +233,19 @@ def _scaled_back(p_s, c, p_G, regular, p_diagonal, R: tl.constexpr, T: tl.conste
 
 @triton.jit
 def _shift(
-    p_s, p_P, p_Q, p_f, p_t, p_y, p_z, p_Z,
-    K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
+    p_s,
+    p_P,
+    p_Q,
+    p_f,
+    p_t,
+    p_y,
+    p_z,
+    p_Z,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    SAME: tl.constexpr,
+):
     """Y^T and (Q + Y)^T, (K, R) each. Returns
 
     the energy of t that no combination of the columns of B reaches (`same`), the inner products of t with

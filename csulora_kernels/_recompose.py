@@ -29,14 +29,21 @@ from csulora_kernels._strip import (
     CORES,
     EXTENDED,
     PARTS,
+    S_BLOCK_D,
+    S_BLOCK_K,
+    S_GROUP,
+    S_J,
+    S_K,
+    S_ROWS,
+    S_VEC_D,
     SHIFTED,
     coordinates,
     cores,
-    factor_rows,
     factor_tile,
-    result_rows,
+    group_of,
+    rows_of,
     store_rows,
-    wrong,
+    strip_of,
 )
 from csulora_kernels._tables import recompose_item, side_of
 
@@ -76,80 +83,70 @@ def recompose_kernel(
     EMULATE: tl.constexpr,
 ):
     side, wide, part = recompose_item(p_work, BLOCK_D, VEC_D)
-    batch = (
-        p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules
-    )  # fmt: skip
+    entries = (p_entries, p_out_entries, n_adapters, n_modules)
+    batch = (p_data, p_out, p_basis, p_modules, entries)
     ALL: tl.constexpr = GROUP * STRIPS  # adapters of a program, where they have R rows each
-    TILE: tl.constexpr = (K, R, GROUP, STRIPS, BLOCK_J, BLOCK_K, BLOCK_D, VEC_R, VEC_D, STAGES)
+    TILE: tl.constexpr = (R, GROUP, BLOCK_J, K, BLOCK_K, BLOCK_D, VEC_R, VEC_D)
+    HOW: tl.constexpr = (STRIPS, STAGES, EMULATE)
     if KIND == EXTENDED:
         if side == 0:
             extend_B(batch, part, p_left, ALL, K, R, BLOCK_K, BLOCK_D, VEC_R, VEC_D)
         else:
-            _recompose_side(batch, part, (p_G_A, p_Z, p_Z, p_Z), 1, KIND, 1, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_A, p_Z, p_Z, p_Z), 1, KIND, 1, TILE, HOW)
             append_basis(batch, part, ALL, K, BLOCK_K, BLOCK_D, VEC_D)
     elif KIND == SHIFTED:
-        _recompose_side(batch, part, (p_G_A, p_Z, p_Z, p_Z), 1, KIND, 1, TILE, EMULATE)
+        _recompose_side(batch, part, (p_G_A, p_Z, p_Z, p_Z), 1, KIND, 1, TILE, HOW)
     elif KIND == CORES:
         if side == 0:
-            _recompose_side(batch, part, (p_G_B, p_left, p_X, p_X), 0, CORES, 1, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_B, p_left, p_X, p_X), 0, CORES, 1, TILE, HOW)
         else:
-            _recompose_side(batch, part, (p_G_A, p_Z, p_Y_out, p_X), 1, CORES, 1, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_A, p_Z, p_Y_out, p_X), 1, CORES, 1, TILE, HOW)
     else:
         tl.static_assert(KIND == EXACT)
         # One after the other, as Triton gives branches within branches shared memory of their own.
         if (wide == 1) & (side == 0):
-            _recompose_side(batch, part, (p_G_B, p_left, p_X, p_X), 0, PARTS, 1, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_B, p_left, p_X, p_X), 0, PARTS, 1, TILE, HOW)
         if (wide == 1) & (side == 1):
-            _recompose_side(batch, part, (p_G_A, p_Q, p_X, p_X), 1, PARTS, 1, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_A, p_Q, p_X, p_X), 1, PARTS, 1, TILE, HOW)
         if (wide == 0) & (side == 0):
-            _recompose_side(batch, part, (p_G_B, p_Z, p_Y_out, p_X), 0, CORES, 2, TILE, EMULATE)
+            _recompose_side(batch, part, (p_G_B, p_Z, p_Y_out, p_X), 0, CORES, 2, TILE, HOW)
         if (wide == 0) & (side == 1):
-            _recompose_side(batch, part, (p_G_A, p_Z, p_Y_out, p_X), 1, CORES, 2, TILE, EMULATE)
-
-
-@triton.constexpr_function
-def group_of(GROUP, BLOCK_J, ROWS):
-    """How many adapters of ROWS rows a strip takes at once."""
-    return min(GROUP, max(1, BLOCK_J // ROWS))
+            _recompose_side(batch, part, (p_G_A, p_Z, p_Y_out, p_X), 1, CORES, 2, TILE, HOW)
 
 
 @triton.jit
 def _recompose_side(
     batch,
     part,
-    coefficients,  # Gram matrices, Z and cores of this side, see `cores`
+    coefficients,  # Gram matrices, Z and two of cores, see `cores`
     SIDE: tl.constexpr,  # 0: B and U, 1: A and V
     KIND: tl.constexpr,
     HALVES: tl.constexpr,  # R rows that the products of one adapter have
-    TILE: tl.constexpr,
-    EMULATE: tl.constexpr,
+    TILE: tl.constexpr,  # as recompose_kernel makes it
+    HOW: tl.constexpr,  # (STRIPS, STAGES, EMULATE)
 ):
-    """One stretch of d of the new factors of STRIPS times `group_of` adapters."""
-    K: tl.constexpr = TILE[0]
-    R: tl.constexpr = TILE[1]
-    STRIPS: tl.constexpr = TILE[3]
-    BLOCK_J: tl.constexpr = TILE[4]
-    BLOCK_K: tl.constexpr = TILE[5]
-    VEC_D: tl.constexpr = TILE[8]
+    """One stretch of d of the new factors of STRIPS times S_GROUP adapters."""
+    R: tl.constexpr = TILE[0]
+    BLOCK_J: tl.constexpr = TILE[2]
     ROWS: tl.constexpr = HALVES * R
-    GROUP: tl.constexpr = group_of(TILE[2], BLOCK_J, ROWS)
+    GROUP: tl.constexpr = group_of(TILE[1], BLOCK_J, ROWS)
     J: tl.constexpr = BLOCK_J if BLOCK_J < GROUP * ROWS else GROUP * ROWS
+    VEC_D: tl.constexpr = TILE[7]
+    SIZES: tl.constexpr = (TILE[3], R, GROUP, ROWS, J, TILE[4], TILE[5], TILE[6], VEC_D)
+    STRIPS: tl.constexpr = HOW[0]
+    i_module, i_group, d_from, d_to = part
+    p_data, p_out, p_basis, p_modules, entries = batch
+    length, k, o_basis = side_of(p_modules, i_module, SIDE, VEC_D)
+    side = (p_data, p_out, p_basis + o_basis, length, k, i_module, entries)
+    stretch = (i_group * (GROUP * STRIPS), d_from, d_to)
     # Where rows of X stand beside those of the result.
     tl.static_assert(KIND == CORES or J == GROUP * R)
-    i_module, i_group, d_from, d_to = part
-    p_data, p_out, p_basis, p_entries, p_out_entries, p_modules, n_adapters, n_modules = batch
     WIDE: tl.constexpr = p_data.dtype.element_ty == tl.float32
-    length, k, o_basis = side_of(p_modules, i_module, SIDE, VEC_D)
-    p_w = p_basis + o_basis
-    entries = (p_entries, p_out_entries, i_module, n_adapters, n_modules)
-    side = (p_data, p_out, p_w, length, k, entries)
-    stretch = (i_group * (GROUP * STRIPS), d_from, d_to)
-    SIZES: tl.constexpr = (K, R, GROUP, ROWS, J, BLOCK_K, TILE[6], TILE[7], VEC_D)
-    if K == BLOCK_K and J == GROUP * ROWS and not WIDE:
-        _resident(side, stretch, coefficients, SIDE, KIND, SIZES, STRIPS, TILE[9], EMULATE)
+    if SIZES[S_K] == SIZES[S_BLOCK_K] and J == GROUP * ROWS and not WIDE:
+        _resident(side, stretch, coefficients, SIDE, KIND, SIZES, HOW)
     else:
         tl.static_assert(STRIPS == 1)
-        _in_blocks(side, stretch, coefficients, SIDE, KIND, SIZES, EMULATE)
+        _in_blocks(side, stretch, coefficients, SIDE, KIND, SIZES, HOW[2])
 
 
 @triton.jit
@@ -160,90 +157,47 @@ def _resident(
     SIDE: tl.constexpr,
     KIND: tl.constexpr,
     SIZES: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    EMULATE: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """With coefficients that a program reads and splits once, for one tile of the basis at a time."""
-    J: tl.constexpr = SIZES[4]
-    BLOCK_K: tl.constexpr = SIZES[5]
-    BLOCK_D: tl.constexpr = SIZES[6]
-    VEC_D: tl.constexpr = SIZES[8]
-    _, _, p_w, length, k, _ = side
+    STRIPS: tl.constexpr = HOW[0]
+    BLOCK_D: tl.constexpr = SIZES[S_BLOCK_D]
     first, d_from, d_to = stretch
-    one = _strip(side, first, coefficients, SIDE, KIND, SIZES)
+    one = strip_of(side, first, coefficients, SIDE, KIND, SIZES)
     if STRIPS == 2:
-        two = _strip(side, first + SIZES[2], coefficients, SIDE, KIND, SIZES)
-    for d in tl.range(d_from, d_to, BLOCK_D, num_stages=STAGES):
+        two = strip_of(side, first + SIZES[S_GROUP], coefficients, SIDE, KIND, SIZES)
+    for d in tl.range(d_from, d_to, BLOCK_D, num_stages=HOW[1]):
         b_d = d + tl.arange(0, BLOCK_D)
-        m_d = tl.max_constancy(b_d < d_to, VEC_D)
-        parts = rounded_parts(_basis_operand(p_w, b_d, m_d, 0, length, k, BLOCK_K, J))
-        _write_tile(side, one, parts, b_d, m_d, SIDE, KIND, SIZES, EMULATE)
+        m_d = tl.max_constancy(b_d < d_to, SIZES[S_VEC_D])
+        w = rounded_parts(_basis_operand(side, b_d, m_d, 0, SIZES))
+        _write_tile(side, one, w, b_d, m_d, SIDE, KIND, SIZES, HOW[2])
         if STRIPS == 2:
-            _write_tile(side, two, parts, b_d, m_d, SIDE, KIND, SIZES, EMULATE)
-
-
-@triton.jit
-def _strip(side, first, coefficients, SIDE: tl.constexpr, KIND: tl.constexpr, SIZES: tl.constexpr):
-    """What all tiles of a strip share: rows of the factors and of the results, parts of Z and of the cores."""
-    K: tl.constexpr = SIZES[0]
-    R: tl.constexpr = SIZES[1]
-    ROWS: tl.constexpr = SIZES[3]
-    J: tl.constexpr = SIZES[4]
-    rows, results, i_c, i_j, e_j, b_wrong = _rows(side, first, coefficients, SIDE, KIND, SIZES)
-    n_adapters = side[5][3]
-    row = tl.arange(0, J) % ROWS
-    p_Z = coefficients[1]
-    b_z = coordinates(p_Z, e_j, row, i_j < n_adapters, 0, SIDE, KIND, K, ROWS, SIZES[5])
-    z = rounded_parts(b_z + b_wrong[:, None])
-    if KIND == CORES:
-        column = tl.arange(0, SIZES[2] * R) % R
-        b_y = cores(coefficients, e_j, i_j, i_c, row, column, n_adapters, SIDE, R, ROWS)
-        return rows, results, z, rounded_parts(b_y)
-    else:
-        return rows, results, z, z
-
-
-@triton.jit
-def _rows(side, first, coefficients, SIDE: tl.constexpr, KIND: tl.constexpr, SIZES: tl.constexpr):
-    """Rows of the factors (`factor_tile`) and of the results (`store_rows`), adapters of both, entries of the
-    latter, and 0 or NaN for each row of a result."""
-    R: tl.constexpr = SIZES[1]
-    GROUP: tl.constexpr = SIZES[2]
-    J: tl.constexpr = SIZES[4]
-    VEC_R: tl.constexpr = SIZES[7]
-    VEC_D: tl.constexpr = SIZES[8]
-    _, _, _, length, _, entries = side
-    SHARED: tl.constexpr = KIND == CORES and GROUP > 1
-    o_c, m_c, r_c, i_c = factor_rows(
-        entries, first, length, coefficients[0], SIDE, SHARED, GROUP * R, R, VEC_R, VEC_D
-    )
-    o_j, r_j, i_j, e_j = result_rows(entries, first, SIDE, J, SIZES[3], R, VEC_R)
-    b_wrong = tl.zeros([J], tl.float32)
-    if SHARED:
-        b_wrong = wrong(coefficients[0], e_j, i_j < entries[3], R)
-    return (o_c, m_c, r_c), (o_j, r_j), i_c, i_j, e_j, b_wrong
+            _write_tile(side, two, w, b_d, m_d, SIDE, KIND, SIZES, HOW[2])
 
 
 @triton.jit
 def _write_tile(
-    side, strip, w, b_d, m_d,
-    SIDE: tl.constexpr, KIND: tl.constexpr, SIZES: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    side,
+    strip,
+    w,
+    b_d,
+    m_d,
+    SIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    SIZES: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """One tile of the results of a strip, from the two parts w of the tile of the basis."""
     rows, results, z, y = strip
-    b_x = factor_tile(side[0], rows, b_d, m_d, SIDE)
-    b_new = tl.zeros([z[0].shape[0], b_d.shape[0]], tl.float32)
+    b_x = factor_tile(side, rows, b_d, m_d, SIDE)
+    b_new = tl.zeros([SIZES[S_J], SIZES[S_BLOCK_D]], tl.float32)
     b_new = product(z[1], w[0], b_new, EMULATE)
     b_new = product(z[0], w[1], b_new, EMULATE)
     b_new = product(z[0], w[0], b_new, EMULATE)
     if KIND == CORES:
         b_new = times_factor(y, b_x, b_new, EMULATE)
-    row = tl.arange(0, b_new.shape[0]) % SIZES[3]
-    store_rows(
-        side[1], b_new, b_x, results, row, b_d, m_d, side[3],
-        SIDE, KIND, SIZES[1], SIZES[3], SIZES[7], SIZES[8],
-    )  # fmt: skip
+    row = tl.arange(0, SIZES[S_J]) % SIZES[S_ROWS]
+    store_rows(side, results, row, b_new, b_x, b_d, m_d, SIDE, KIND, SIZES)
 
 
 @triton.jit
@@ -257,58 +211,44 @@ def _in_blocks(
     EMULATE: tl.constexpr,
 ):
     """With coefficients that come again for each tile, BLOCK_K directions and J rows at a time."""
-    K: tl.constexpr = SIZES[0]
-    R: tl.constexpr = SIZES[1]
-    GROUP: tl.constexpr = SIZES[2]
-    ROWS: tl.constexpr = SIZES[3]
-    J: tl.constexpr = SIZES[4]
-    BLOCK_K: tl.constexpr = SIZES[5]
-    BLOCK_D: tl.constexpr = SIZES[6]
-    VEC_R: tl.constexpr = SIZES[7]
-    VEC_D: tl.constexpr = SIZES[8]
-    p_data, p_out, p_w, length, k, entries = side
-    WIDE: tl.constexpr = p_data.dtype.element_ty == tl.float32
+    J: tl.constexpr = SIZES[S_J]
+    BLOCK_D: tl.constexpr = SIZES[S_BLOCK_D]
+    WIDE: tl.constexpr = side[0].dtype.element_ty == tl.float32
     first, d_from, d_to = stretch
-    n_adapters = entries[3]
-    rows, results, i_c, i_j, e_j, b_wrong = _rows(side, first, coefficients, SIDE, KIND, SIZES)
-    m_j = i_j < n_adapters
-    column = tl.arange(0, GROUP * R) % R
+    rows, results, i_c, i_j, e_j, b_wrong = rows_of(side, first, coefficients, SIDE, KIND, SIZES)
     for d in tl.range(d_from, d_to, BLOCK_D, num_stages=1):
         b_d = d + tl.arange(0, BLOCK_D)
-        m_d = tl.max_constancy(b_d < d_to, VEC_D)
-        b_x = factor_tile(p_data, rows, b_d, m_d, SIDE)
+        m_d = tl.max_constancy(b_d < d_to, SIZES[S_VEC_D])
+        b_x = factor_tile(side, rows, b_d, m_d, SIDE)
         # More than J rows are those of one adapter.
-        for j_from in tl.range(0, GROUP * ROWS, J, num_stages=1):
-            row = (j_from + tl.arange(0, J)) % ROWS
+        for j_from in tl.range(0, SIZES[S_GROUP] * SIZES[S_ROWS], J, num_stages=1):
+            row = (j_from + tl.arange(0, J)) % SIZES[S_ROWS]
             b_new = tl.zeros([J, BLOCK_D], tl.float32) + b_wrong[:, None]
-            for k_from in tl.range(0, K, BLOCK_K, num_stages=1):
-                b_z = coordinates(
-                    coefficients[1], e_j, row, m_j, k_from, SIDE, KIND, K, ROWS, BLOCK_K
-                )
-                b_w = _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K, J)
+            for k_from in tl.range(0, SIZES[S_K], SIZES[S_BLOCK_K], num_stages=1):
+                b_z = coordinates(side, coefficients, i_j, e_j, row, k_from, SIDE, KIND, SIZES)
+                b_w = _basis_operand(side, b_d, m_d, k_from, SIZES)
                 b_new = full_product(b_z, b_w, b_new, WIDE, EMULATE)
             if KIND == CORES:
-                b_y = cores(coefficients, e_j, i_j, i_c, row, column, n_adapters, SIDE, R, ROWS)
+                b_y = cores(side, coefficients, i_c, i_j, e_j, row, SIDE, SIZES)
                 if WIDE:
                     b_new = full_product(b_y, b_x, b_new, WIDE, EMULATE)
                 else:
                     b_new = times_factor(rounded_parts(b_y), b_x, b_new, EMULATE)
-            store_rows(
-                p_out, b_new, b_x, results, row, b_d, m_d, length,
-                SIDE, KIND, R, ROWS, VEC_R, VEC_D,
-            )  # fmt: skip
+            store_rows(side, results, row, b_new, b_x, b_d, m_d, SIDE, KIND, SIZES)
 
 
 @triton.jit
-def _basis_operand(p_w, b_d, m_d, k_from, length, k, BLOCK_K: tl.constexpr, J: tl.constexpr):
-    """The same, loaded without gaps, for a product of J rows.
+def _basis_operand(side, b_d, m_d, k_from, SIZES: tl.constexpr):
+    """`basis_tile`, loaded without gaps.
 
     Triton gives loads and stores of one shape the vector of the narrowest type: eight elements, of which a
     thread then copies four at a time, and with L1 passed by L2 is asked for every 32 bytes twice.
     A shape of its own, of three dimensions, keeps this one apart. Not where a product has too few rows for a warp
     group, nor on sm_80, whose tiles are shorter: Triton would copy that shape four bytes at a time.
     """
-    if b_d.shape[0] < 64 or J < 64:
+    BLOCK_K: tl.constexpr = SIZES[S_BLOCK_K]
+    _, _, p_w, length, k, _, _ = side
+    if SIZES[S_BLOCK_D] < 64 or SIZES[S_J] < 64:
         return basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
     b_k = tl.arange(0, 2)[:, None] * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
     b_k += k_from

@@ -80,7 +80,7 @@ def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind:
 
 
 def recompose_group(tiles: Tiles, kind: Kind, wide: int) -> int:
-    """Adapters of one program of recompose: its strips, and in each as many as `group_of` in _recompose.py has."""
+    """Adapters of one program of recompose: its strips, and in each as many as `group_of` in _strip.py has."""
     rows = (1 if wide else kind.halves) * tiles.R
     return recompose_strips(tiles, kind) * min(tiles.group, max(1, tiles.recompose_rows // rows))
 
