@@ -16,6 +16,7 @@ from csulora_kernels.layout import Shape
 DIRECTIONS = 64  # K is a multiple of it
 REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
+MANY = 1 << 32  # adapters: neither more of them nor more modules change a choice then
 # R x R float64 scratch matrices of one program of solve, by form, and of realign, which has two K x R ones and two
 # vectors of K besides.
 EXACT_MATRICES = 15
@@ -75,7 +76,13 @@ def fault(tiles: Tiles, capability: int) -> str | None:
 
 
 def padded_rank(max_rank: int) -> int:
+    """R for ranks up to max_rank."""
     return max(16, 1 << (max_rank - 1).bit_length()) if max_rank > 0 else 16
+
+
+def padded_directions(k_max: int) -> int:
+    """K for up to k_max directions."""
+    return max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
 
 
 def choose(
@@ -85,22 +92,26 @@ def choose(
     dtype: torch.dtype,
     capability: int,
     processors: int,
+    *,
+    steady: bool = False,
 ) -> Tiles:
     """Tiles for `adapters` adapters of rank up to max_rank on modules of these shapes.
 
-    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors.
+    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors. steady: whatever the
+    bits of a result depend on is chosen as for very many adapters, so by R, K, dtype and capability alone.
     """
     R = padded_rank(max_rank)
-    k_max = max((s.k for s in shapes), default=0)
-    K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
+    K = padded_directions(max((s.k for s in shapes), default=0))
+    # The order of every sum follows from these: group, strips, split_length and both launches' shapes.
+    company = MANY if steady else adapters
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
-    group = max(1, 64 // R) if adapters > 1 else 1
+    group = max(1, 64 // R) if company > 1 else 1
     # Two strips of such columns share what a basis tile costs: its bytes through L2 and its splitting.
-    strips = 2 if R == 16 and adapters > group and dtype != torch.float32 else 1
+    strips = 2 if R == 16 and company > group and dtype != torch.float32 else 1
     project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
     blocks = K // project.block_k
-    groups = -(-adapters // (group * strips)) * blocks
+    groups = -(-company // (group * strips)) * blocks
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
     split_length = 16384
     while (
