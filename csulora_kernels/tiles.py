@@ -16,7 +16,6 @@ from csulora_kernels.layout import Shape
 DIRECTIONS = 64  # K is a multiple of it
 REGISTERS = 65536  # of a processor
 MAX_RANK = 128  # beyond it the caller takes the stages in PyTorch
-MANY = 1 << 32  # adapters: neither more of them nor more modules change a choice then
 # R x R float64 scratch matrices of one program of solve, by form, and of realign, which has two K x R ones and two
 # vectors of K besides.
 EXACT_MATRICES = 15
@@ -97,26 +96,22 @@ def choose(
 ) -> Tiles:
     """Tiles for `adapters` adapters of rank up to max_rank on modules of these shapes.
 
-    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors. steady: whatever the
-    bits of a result depend on is chosen as for very many adapters, so by R, K, dtype and capability alone.
+    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors. steady: no product has
+    more than one adapter in it, and the order of every sum goes by R, K, dtype and capability alone.
     """
     R = padded_rank(max_rank)
     K = padded_directions(max((s.k for s in shapes), default=0))
-    # The order of every sum follows from these: group, strips, split_length and both launches' shapes.
-    company = MANY if steady else adapters
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
-    group = max(1, 64 // R) if company > 1 else 1
+    group = max(1, 64 // R) if adapters > 1 and not steady else 1
     # Two strips of such columns share what a basis tile costs: its bytes through L2 and its splitting.
-    strips = 2 if R == 16 and company > group and dtype != torch.float32 else 1
+    strips = 2 if R == 16 and adapters > group > 1 and dtype != torch.float32 else 1
     project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
     blocks = K // project.block_k
-    groups = -(-company // (group * strips)) * blocks
+    groups = -(-adapters // (group * strips)) * blocks
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
-    split_length = 16384
-    while (
-        split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
-    ):
+    split_length, enough = 16384, 0 if steady else 8 * processors
+    while split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < enough:
         split_length //= 2
     groups = -(-adapters // group) * blocks
     recompose_length = 4096

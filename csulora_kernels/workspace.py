@@ -118,8 +118,8 @@ def workspace(
 ) -> Workspace:
     """All memory that `correct` needs for tables of this layout besides `out`.
 
-    tiles: chosen for speed if not given; steady: chosen as `choose` says, so that what else is in a table
-    changes no bit of an adapter's result, where R, K, `vec_r` and `vec_d` are the same.
+    tiles: if not given, chosen for speed, or with `steady` so that what else is in a table changes no bit of
+    an adapter's result, where its R, K, `vec_r` and `vec_d` are the same.
 
     Raises ValueError for a rank above 128 or tiles that do not fit together, and RuntimeError where the
     kernels cannot run.
