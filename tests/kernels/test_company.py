@@ -29,14 +29,13 @@ pytestmark = [
 ]
 F32, B16 = torch.float32, torch.bfloat16
 # Tiles chosen for speed cut a side of "long"; "deep" has a K of its own; "odd" allows no vectors.
-SHAPES = {"a": (48, 64, 16), "long": (544, 24, 8), "deep": (72, 80, 66), "odd": (33, 35, 5)}
+SHAPES = {"a": (48, 64, 16), "long": (544, 24, 8), "deep": (80, 72, 72), "odd": (33, 35, 5)}
 EXACT, SAME = Correction(), Correction(form="same")
 OWN = Correction(1, 2, 3, math.inf, strength_for={"a": 3.0})
 SHIFT, SHIFT_EXACT = Realignment(edge=False), Realignment(edge=False, form="exact")
 
 
-@pytest.fixture(scope="module")
-def subspace():
+def made_subspace():
     modules = {
         name: ModuleSubspace(
             orthonormal(d_out, k, 1).float().contiguous(),
@@ -47,6 +46,11 @@ def subspace():
         for name, (d_out, d_in, k) in SHAPES.items()
     }
     return SafetySubspace(modules, Origin("base", "aligned", "0", "1", 0))
+
+
+@pytest.fixture(scope="module")
+def subspace():
+    return made_subspace()
 
 
 def lora(seed, names, r, dtype):
@@ -61,8 +65,9 @@ def lora(seed, names, r, dtype):
 
 def company(dtype):
     """Adapters that share launches but for the last four, each of which has its own."""
-    broken = lora(8, ["a"], 8, dtype)
-    broken.modules["a"].A[0, 0] = math.nan  # it cannot be corrected
+    broken = lora(8, ["long", "a"], 8, dtype)  # an error that names the first of the two
+    for module in broken.modules.values():
+        module.A[0, 0] = math.nan
     return {
         "one": lora(0, ["a"], 8, dtype),
         "other rank": lora(1, ["a"], 16, dtype),
@@ -102,8 +107,9 @@ def seen(monkeypatch):
     return found
 
 
-def corrected(adapters, subspace, method):
-    found = correct_batch(list(adapters.values()), subspace, method, backend="triton", device="cpu")
+def corrected(adapters, subspace, method, device="cpu"):
+    known = list(adapters.values())
+    found = correct_batch(known, subspace, method, backend="triton", device=device)
     return dict(zip(adapters, found, strict=True))
 
 

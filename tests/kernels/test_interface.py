@@ -93,6 +93,8 @@ def test_steady_tiles_depend_on_nothing_else_in_a_table(r, k):
         }
         (tiles,) = chosen
         assert fault(tiles, arch) is None and (tiles.group, tiles.strips) == (1, 1)
+        one = kernels.choose(tables[0], 1, r, dtype, arch, 132)
+        assert (one.project, one.recompose) == (tiles.project, tiles.recompose)  # as it is compiled
 
 
 def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
