@@ -76,8 +76,9 @@ def correct_batch(
 ) -> list[tuple[LoraAdapter, Report] | CsuloraError]:
     """`correct` for each adapter, in order; one that cannot be corrected gives its error in its place.
 
-    Triton takes all of them in one launch a stage, so all must fit in the device's memory: four times
-    their bytes, besides the subspace, which stays there with `subspace` for the next call.
+    No bit of a result depends on the others. Triton takes those of one type, padded rank and padded
+    number of directions in one launch a stage, so they must fit in the device's memory: four times their
+    bytes, besides the subspace, which stays there with `subspace` for the next call.
 
     Raises UsageError for an unknown option.
     """

@@ -7,7 +7,7 @@ from csulora_kernels.api import Result, correct, project, recompose, solve
 from csulora_kernels.displacement import displacement_product
 from csulora_kernels.layout import Basis, Table, empty_like, pack, pack_basis
 from csulora_kernels.settings import FORMS, GRANULARITIES, Form, Granularity, Penalties, Shares
-from csulora_kernels.tiles import MAX_RANK, Tiles, choose
+from csulora_kernels.tiles import MAX_RANK, Tiles, choose, padded_directions, padded_rank
 from csulora_kernels.workspace import (
     Cores,
     Projection,
@@ -41,6 +41,8 @@ __all__ = [
     "empty_like",
     "pack",
     "pack_basis",
+    "padded_directions",
+    "padded_rank",
     "project",
     "recompose",
     "solve",

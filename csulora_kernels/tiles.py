@@ -76,7 +76,13 @@ def fault(tiles: Tiles, capability: int) -> str | None:
 
 
 def padded_rank(max_rank: int) -> int:
+    """R for ranks up to max_rank."""
     return max(16, 1 << (max_rank - 1).bit_length()) if max_rank > 0 else 16
+
+
+def padded_directions(k_max: int) -> int:
+    """K for up to k_max directions."""
+    return max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
 
 
 def choose(
@@ -86,27 +92,27 @@ def choose(
     dtype: torch.dtype,
     capability: int,
     processors: int,
+    *,
+    steady: bool = False,
 ) -> Tiles:
     """Tiles for `adapters` adapters of rank up to max_rank on modules of these shapes.
 
-    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors.
+    capability: 80, 90, 100, ...; processors: the number of streaming multiprocessors. steady: no product has
+    more than one adapter in it, and the order of every sum goes by R, K, dtype and capability alone.
     """
     R = padded_rank(max_rank)
-    k_max = max((s.k for s in shapes), default=0)
-    K = max(DIRECTIONS, -(-k_max // DIRECTIONS) * DIRECTIONS)
+    K = padded_directions(max((s.k for s in shapes), default=0))
     # Two products with a Gram matrix of all columns: 64 columns waste little and fill the units.
-    group = max(1, 64 // R) if adapters > 1 else 1
+    group = max(1, 64 // R) if adapters > 1 and not steady else 1
     # Two strips of such columns share what a basis tile costs: its bytes through L2 and its splitting.
-    strips = 2 if R == 16 and adapters > group and dtype != torch.float32 else 1
+    strips = 2 if R == 16 and adapters > group > 1 and dtype != torch.float32 else 1
     project, recompose = launches(R, group, K, dtype, capability)
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
     blocks = K // project.block_k
     groups = -(-adapters // (group * strips)) * blocks
     lengths = [d for s in shapes for d in (s.d_out, s.d_in)]
-    split_length = 16384
-    while (
-        split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < 8 * processors
-    ):
+    split_length, enough = 16384, 0 if steady else 8 * processors
+    while split_length > 512 and groups * sum(-(-d // split_length) for d in lengths) < enough:
         split_length //= 2
     # So do two strips of recompose, where a program holds the coefficients of each.
     recompose_rows = max(R, 32 if dtype == torch.float32 and capability < 90 else 64)

@@ -111,8 +111,18 @@ class Workspace:
         return f"Workspace({method} {form}, {len(self.shapes)} modules, R {tiles.R}, K {tiles.K})"
 
 
-def workspace(table: Table, basis: Basis, settings: Any, tiles: Tiles | None = None) -> Workspace:
+def workspace(
+    table: Table,
+    basis: Basis,
+    settings: Any,
+    tiles: Tiles | None = None,
+    *,
+    steady: bool = False,
+) -> Workspace:
     """All memory that `correct` needs for tables of this layout besides `out`.
+
+    tiles: if not given, chosen for speed, or with `steady` so that what else is in a table changes no bit of
+    an adapter's result, where its R, K, `vec_r` and `vec_d` are the same.
 
     Raises ValueError for a rank above 128 or tiles that do not fit together, and RuntimeError where the
     kernels cannot run.
@@ -126,7 +136,8 @@ def workspace(table: Table, basis: Basis, settings: Any, tiles: Tiles | None = N
     N, M = len(table.slots), len(table.shapes)
     capability, processors = hardware(device)
     if tiles is None:
-        tiles = choose(table.shapes, N, table.max_rank, table.data.dtype, capability, processors)
+        given = table.shapes, N, table.max_rank, table.data.dtype, capability, processors
+        tiles = choose(*given, steady=steady)
     if tiles.R > MAX_RANK:
         raise ValueError(f"rank {table.max_rank}: a workspace is for ranks up to {MAX_RANK}")
     wrong = fault(tiles, capability)

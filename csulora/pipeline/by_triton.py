@@ -1,8 +1,15 @@
-"""The Triton backend: the modules of many adapters that share a subspace, solved in three launches."""
+"""The Triton backend: the modules of many adapters that share a subspace, solved in three launches.
+
+What is solved together is a matter of timing, so no bit of a result may depend on it. Adapters share a
+table only where each would run the same compiled kernels alone (`_Kind`), the tiles are `steady`, and
+what follows the launches in PyTorch, whose batched products may differ with the size of a batch, takes
+one adapter at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,36 +33,72 @@ from csulora.subspace import SafetySubspace
 
 Members = dict[int, Member]  # of one plan, by their position in it
 
+# Elements of the longest vector that kernels load: 16 bytes of two each.
+VECTOR = 8
+
+
+class _Kind(NamedTuple):
+    """What decides which kernels run, and all that they are compiled for."""
+
+    dtype: torch.dtype
+    correction: Method
+    R: int
+    K: int
+    vectors: tuple[int, ...]  # what divides all ranks, those of the results and the sides
+
+    @classmethod
+    def of(cls, members: Iterable[Member], dtype: torch.dtype, correction: Method) -> _Kind:
+        """That of the members of one plan which have this correction."""
+        ranks, new_ranks, directions, sides = zip(
+            *((m.module.rank, m.rank, m.U.shape[1], math.gcd(len(m.U), len(m.V))) for m in members),
+            strict=True,
+        )
+        return cls(
+            dtype,
+            correction,
+            kernels.padded_rank(max(ranks)),
+            kernels.padded_directions(max(directions)),
+            tuple(math.gcd(VECTOR, *sizes) for sizes in (ranks, new_ranks, sides)),
+        )
+
 
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
     """The solution of each plan, in order, or in its place the error that stopped it.
 
-    All plans are of one subspace. Modules of one working type and correction go together. What the
-    kernels do not take, adapters with ranks above 128 and such without modules, PyTorch solves.
+    All plans are of one subspace. Modules of one kind go together. What the kernels do not take, adapters
+    with ranks above 128 and such without modules, PyTorch solves.
     """
-    launches: dict[tuple[torch.dtype, Method], dict[int, Members]] = {}
+    launches: dict[_Kind, dict[int, Members]] = {}
     for p, plan in enumerate(plans):
         if _widest(plan) <= kernels.MAX_RANK:
-            dtype = _working_type(plan)
-            for i, member in enumerate(plan.members):
-                rows = launches.setdefault((dtype, member.correction), {})
-                rows.setdefault(p, {})[i] = member
+            for kind, members in _kinds(plan):
+                launches.setdefault(kind, {})[p] = members
     parts: dict[int, list[_Part]] = {}
-    for (dtype, correction), rows in launches.items():
-        found = _launch(list(rows.values()), plans[0].subspace, correction, dtype, device)
+    for kind, rows in launches.items():
+        found = _launch(list(rows.values()), plans[0].subspace, kind, device)
         for p, part in zip(rows, found, strict=True):
             parts.setdefault(p, []).append(part)
     for p, plan in enumerate(plans):
         yield _joined(plan, parts.pop(p)) if p in parts else _by_torch(plan, device)
 
 
+def _kinds(plan: Plan) -> Iterator[tuple[_Kind, Members]]:
+    """A plan's members by their correction, nearly always one for all."""
+    groups: dict[Method, Members] = {}
+    for i, member in enumerate(plan.members):
+        groups.setdefault(member.correction, {})[i] = member
+    dtype = _working_type(plan)
+    for correction, members in groups.items():
+        yield _Kind.of(members.values(), dtype, correction), members
+
+
 class _Part(NamedTuple):
-    """What one launch found about m members of one plan; everything on the CPU."""
+    """What one launch found about m members of one plan."""
 
     members: Members
     columns: list[int]  # of the members in the table
     row: int  # of the plan in the table
-    out: kernels.Table | None  # None: the strengths keep all
+    out: kernels.Table | None  # on the CPU; None: the strengths keep all
     finite: Tensor  # (m) bool
     squares_fit: Tensor  # (m) bool
     figures: Figures
@@ -63,16 +106,13 @@ class _Part(NamedTuple):
 
 
 def _launch(
-    rows: Sequence[Members],
-    subspace: SafetySubspace,
-    correction: Method,
-    dtype: torch.dtype,
-    device: torch.device,
+    rows: Sequence[Members], subspace: SafetySubspace, kind: _Kind, device: torch.device
 ) -> list[_Part]:
     """Project, solve and recompose members of several plans, one row of a table each.
 
-    Computes from and to factors of `dtype` (float32 or bfloat16), to which all are converted.
+    Computes from and to factors of the kind's type (float32 or bfloat16), to which all are converted.
     """
+    dtype, correction = kind.dtype, kind.correction
     wanted = {_key(m): (m.target, m.transposed) for members in rows for m in members.values()}
     basis = _whole_basis(subspace, device).take(wanted)
     factors = [
@@ -80,7 +120,7 @@ def _launch(
         for members in rows
     ]
     table = kernels.pack(factors, basis)
-    workspace = kernels.workspace(table, basis, correction)
+    workspace = kernels.workspace(table, basis, correction, steady=True)
     projection = kernels.project(table, basis, workspace=workspace)
     spectrum = None
     if isinstance(correction, Realignment):
@@ -89,39 +129,60 @@ def _launch(
     out = None
     if not correction.is_identity:
         out = kernels.recompose(table, basis, projection, cores, workspace=workspace).to("cpu")
-    finite, squares_fit = (X.cpu() for X in _sizes(projection, table))
-    amplified = Amplification(
-        *(X.cpu() for X in _amplification(projection, cores, table, spectrum, correction))
-    )
-    figures = Figures(*(X.cpu() for X in _figures(cores)))
+    found = _Found(projection, cores, table.entries[:, :, 0], spectrum)
     index = {key: column for column, key in enumerate(wanted)}
     parts = []
     for row, members in enumerate(rows):
         columns = [index[_key(member)] for member in members.values()]
-        parts.append(
-            _Part(
-                members,
-                columns,
-                row,
-                out,
-                finite[row, columns],
-                squares_fit[row, columns],
-                Figures(*(X[row, columns] for X in figures)),
-                Amplification(*(X[row, columns] for X in amplified)),
-            )
-        )
+        own = found.of(row, columns)
+        known = *_sizes(own), _figures(own.cores), _amplification(own, correction)
+        parts.append(_Part(members, columns, row, out, *known))
     return parts
+
+
+class _Found(NamedTuple):
+    """What the launches found about N adapters and M modules, or about m members of one plan."""
+
+    projection: kernels.Projection  # (N, M, ...) or (m, ...)
+    cores: kernels.Cores | kernels.Shift  # the same
+    ranks: Tensor  # (N, M) or (m)
+    spectrum: kernels.Spectrum | None  # S (M, K), edge (M), scaling (N, M); or (m, K), (m), (m)
+
+    def of(self, row: int, columns: list[int]) -> _Found:
+        """What concerns the members of one plan, in tensors of their own."""
+        at = torch.tensor(columns, device=self.ranks.device)
+        spectrum = self.spectrum
+        if spectrum is not None:
+            S, edge, scaling = spectrum
+            spectrum = kernels.Spectrum(S[at], edge[at], scaling[row, at])
+        return _Found(
+            kernels.Projection(*(X[row, at] for X in self.projection)),
+            type(self.cores)._make(None if X is None else X[row, at] for X in self.cores),
+            self.ranks[row, at],
+            spectrum,
+        )
+
+    @property
+    def used(self) -> Tensor:
+        """(..., R), which columns are not padding."""
+        R = self.projection.G_B.shape[-1]
+        return torch.arange(R, device=self.ranks.device) < self.ranks[..., None]
 
 
 def _joined(plan: Plan, parts: list[_Part]) -> Solved | CsuloraError:
     """The solution of a plan from all launches that had some of its members."""
+    wrong = [
+        i
+        for part in parts
+        for i, ok in zip(part.members, part.finite.tolist(), strict=True)
+        if not ok
+    ]
+    if wrong:
+        return overflow(plan.members[min(wrong)].name)
     known = Gathered.of(len(plan.members))
     source: dict[int, tuple[_Part, int]] = {}
     for part in parts:
         positions = list(part.members)
-        bad = [plan.members[i].name for i, ok in zip(positions, part.finite, strict=True) if not ok]
-        if bad:
-            return overflow(bad[0])
         known.put(positions, part.figures, part.amplified, part.squares_fit)
         source |= {i: (part, column) for i, column in zip(positions, part.columns, strict=True)}
 
@@ -191,45 +252,35 @@ def _figures(cores: kernels.Cores | kernels.Shift) -> Figures:
     return Figures(cores.energy, cores.before, cores.after, cores.relative_change, cores.rank_error)
 
 
-def _sizes(projection: kernels.Projection, table: kernels.Table) -> tuple[Tensor, Tensor]:
-    """(N, M) each: whether all squares are finite, and large enough to be whole sums."""
-    squares = torch.stack([G.diagonal(dim1=-2, dim2=-1) for G in (projection.G_B, projection.G_A)])
+def _sizes(own: _Found) -> tuple[Tensor, Tensor]:
+    """(m) each: whether all squares are finite, and large enough to be whole sums."""
+    _, _, G_B, G_A = own.projection
+    squares = torch.stack([G.diagonal(dim1=-2, dim2=-1) for G in (G_B, G_A)])
     # Padding is zero, and no square that has to be held.
-    squares_fit = squares_fit_float32(torch.where(_used(projection, table), squares, torch.inf))
+    squares_fit = squares_fit_float32(torch.where(own.used, squares, torch.inf))
     return torch.isfinite(squares).all(-1).all(0), squares_fit.all(0)
 
 
-def _amplification(
-    projection: kernels.Projection,
-    cores: kernels.Cores | kernels.Shift,
-    table: kernels.Table,
-    spectrum: kernels.Spectrum | None,
-    correction: Method,
-) -> Amplification:
-    """(N, M) each. Padding is no part of any Gram matrix, so it adds nothing."""
-    P, Q, G_B, G_A = (_finite(X) for X in projection)
+def _amplification(own: _Found, correction: Method) -> Amplification:
+    """(m) each. Padding is no part of any Gram matrix, so it adds nothing."""
+    P, Q, G_B, G_A = (_finite(X) for X in own.projection)
+    cores = own.cores
     if isinstance(cores, kernels.Shift):
-        assert spectrum is not None and isinstance(correction, Realignment)
+        assert own.spectrum is not None and isinstance(correction, Realignment)
         c = None if cores.c is None else _finite(cores.c)
         shift = Shift(_finite(cores.Z).mT, c, cores.inverse_diagonal)
         energy = cores.energy * cores.after.sum(-1)
         return shift_amplification(
-            Projection(P, Q, G_B, G_A), Spectrum(*spectrum), correction, shift, energy
+            Projection(P, Q, G_B, G_A), Spectrum(*own.spectrum), correction, shift, energy
         )
     inside = torch.stack([P.mT @ P, Q @ Q.mT])
     outside = torch.stack([G_B, G_A]) - inside
     X_in, X_out = (None if X is None else _finite(X) for X in (cores.X_in, cores.X_out))
-    own = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out))
+    solved = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out))
     grams = Grams(*torch.stack([inside, outside], dim=1))
-    return amplification(grams, own, _used(projection, table))
+    return amplification(grams, solved, own.used)
 
 
 def _finite(X: Tensor) -> Tensor:
     """In float64, and without NaN: an adapter that has some is an error already."""
     return X.double().nan_to_num()
-
-
-def _used(projection: kernels.Projection, table: kernels.Table) -> Tensor:
-    """(N, M, R): which columns are not padding."""
-    ranks = table.entries[:, :, 0, None]
-    return torch.arange(projection.G_B.shape[-1], device=ranks.device) < ranks

@@ -10,6 +10,7 @@ from dataclasses import replace
 import cases
 import pytest
 import shifted
+import test_company
 import torch
 from cases import CASES, SLOW
 
@@ -51,6 +52,17 @@ def test_every_stage_of_realignment_is_as_exact_on_the_gpu(name, dtype):
 def test_realignment_at_real_sizes(form):
     case = cases.Case(((4096, 4096, 64), (1024, 4096, 64)), (16, 8, 16, 16, 16), torch.bfloat16)
     shifted.check(shifted.Shifted(replace(case, processors=132), Realignment(form=form)), "cuda")
+
+
+@pytest.mark.parametrize("dtype", cases.TYPES, ids=str)
+@pytest.mark.parametrize("method", ["EXACT", "SAME", "OWN", "SHIFT", "SHIFT_EXACT"])
+def test_alone_or_in_company_is_the_same_on_the_gpu(method, dtype):
+    subspace, settings = test_company.made_subspace(), getattr(test_company, method)
+    known = test_company.company(dtype)
+    together = test_company.corrected(known, subspace, settings, "cuda")
+    for name, one in known.items():
+        alone = test_company.corrected({name: one}, subspace, settings, "cuda")
+        test_company.check_bits(together[name], alone[name])
 
 
 def batch(form="exact"):

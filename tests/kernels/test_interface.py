@@ -74,6 +74,29 @@ def test_every_choice_of_tiles_fits_together_and_warp_groups_have_their_rows():
     assert "8 warps" in fault(few, 90) and fault(few, 80) is None
 
 
+@pytest.mark.parametrize("r, k", [(8, 7), (32, 64), (128, 256)])
+def test_steady_tiles_depend_on_nothing_else_in_a_table(r, k):
+    """But for what changes no bit: where recompose cuts d, and how many programs solve has."""
+    tables = (
+        (Shape(64, 48, k),),
+        (Shape(4096, 1024, k), Shape(14336, 4096, 1)) * 32,
+        (Shape(128256, 4096, k), Shape(33, 35, 0)),
+    )
+    for arch, dtype in product((80, 90, 100), (torch.float32, torch.bfloat16)):
+        chosen = {
+            replace(
+                kernels.choose(shapes, n, rank, dtype, arch, processors, steady=True),
+                recompose_length=1024,
+                solve_programs=1,
+            )
+            for shapes, n, rank, processors in product(tables, (1, 2, 64), (r, r - 1), (1, 132))
+        }
+        (tiles,) = chosen
+        assert fault(tiles, arch) is None and (tiles.group, tiles.strips) == (1, 1)
+        one = kernels.choose(tables[0], 1, r, dtype, arch, 132)
+        assert (one.project, one.recompose) == (tiles.project, tiles.recompose)  # as it is compiled
+
+
 def test_without_a_device_or_the_interpreter_there_is_a_reason(monkeypatch):
     """As in a process without the interpreter, which tests/pipeline/test_backend.py starts: the kernel is
     such as `triton.jit` makes it there."""
