@@ -117,7 +117,7 @@ def choose(
     # So do two strips of recompose, where a program holds the coefficients of each.
     recompose_rows = max(R, 32 if dtype == torch.float32 and capability < 90 else 64)
     held = dtype != torch.float32 and recompose.block_k == K and recompose_rows >= 2 * R
-    recompose_strips = 2 if held and adapters > group else 1
+    recompose_strips = 2 if held and adapters > group > 1 else 1
     groups = -(-adapters // (group * recompose_strips)) * blocks
     recompose_length = 4096
     while recompose_length > 512 and groups * sum(-(-d // recompose_length) for d in lengths) < (
