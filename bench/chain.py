@@ -93,7 +93,9 @@ def steps(form: str, r: int, k: int) -> Steps:
     work = Workload((Shape(SIDE, SIDE, k),), 1, r, form, torch.float32)
     basis, table = batch(work, torch.device("cpu"))
     method = method_of(work)
-    ws = kernels.workspace(table, basis, method, replace(work.tiles(), solve_programs=1))
+    tiles = work.tiles()
+    tiles = replace(tiles, solve=replace(tiles.solve, programs=1))
+    ws = kernels.workspace(table, basis, method, tiles)
     found = project(table.B(0, 0), table.A(0, 0), basis.U(0), basis.V(0))
     for X, own in zip(ws.projection, found, strict=True):
         X[0, 0, : own.shape[0], : own.shape[1]] = own

@@ -83,9 +83,9 @@ def forecast(work: Workload, gpu: Gpu) -> list[Forecast]:
         if stage == "project" and "add partial sums" in dram:
             limits = {name: t + dram["add partial sums"] / gpu.dram for name, t in limits.items()}
         if stage == "solve":
-            rounds = -(-work.adapters * len(work.shapes) // tiles.solve_programs)
+            rounds = -(-work.adapters * len(work.shapes) // tiles.solve.programs)
             counted = chain_steps(work.form, work.r, max(s.k for s in work.shapes))
-            limits["chain"] = rounds * cycles(counted, tiles.solve_warps) / gpu.clock
+            limits["chain"] = rounds * cycles(counted, tiles.solve.warps) / gpu.clock
         else:
             limits["tensor"] = flops[stage] / gpu.tensor
             slots = issued(work, tiles, stage, code[f"{stage}_kernel"])

@@ -27,7 +27,7 @@ def stage_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
     partial = 0
     for s in work.shapes:
         for d in (s.d_out, s.d_in):
-            cut = -(-d // tiles.split_length) - 1
+            cut = -(-d // tiles.project.split_length) - 1
             partial += 4 * work.adapters * (K * R + R * R) * cut
     kind = work.kind
     H, same = kind.halves, kind.form == "same"
@@ -74,7 +74,7 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     K, R, N = tiles.K, tiles.R, work.adapters
     parts = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 3}[work.dtype]
     gram = 3 if work.dtype == torch.float32 else 1
-    C = tiles.group * tiles.strips * R
+    C = tiles.group * tiles.project.strips * R
     project = 2 * work.length * project_groups(N, tiles) * (parts * K * C + gram * C * R)
     # A product with the cores of several adapters is one with the zeros between them.
     split, core = 3, 3 if work.dtype != torch.bfloat16 else 2

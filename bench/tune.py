@@ -21,28 +21,33 @@ from workloads import Workload, batch, spectrum_of
 
 import csulora_kernels as kernels
 from csulora import Correction
-from csulora_kernels.tiles import Launch, Tiles
+from csulora_kernels.tiles import Tiles
 
 
 def candidates(chosen: Tiles) -> Iterator[tuple[str, Tiles]]:
     """The chosen tiles and their neighbours, one kernel changed at a time."""
+    project, solve, recompose = chosen.project, chosen.solve, chosen.recompose
     yield "chosen", chosen
     for block_d, warps, stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4)):
-        launch = Launch(block_d, chosen.project.block_k, warps, stages)
+        launch = replace(project, block_d=block_d, warps=warps, stages=stages)
         for group in {1, chosen.group, 2 * chosen.group}:
             yield "project", replace(chosen, project=launch, group=group)
-    for length in (1024, 4096, 16384):
-        yield "project", replace(chosen, split_length=length)
+    for length, strips in itertools.product((1024, 4096, 16384), (1, 2)):
+        launch = replace(project, split_length=length, strips=strips)
+        yield "project", replace(chosen, project=launch)
     for block_d, warps, stages, rows in itertools.product(
         (32, 64, 128), (4, 8), (2, 3, 4), (64, 128)
     ):
-        launch = Launch(block_d, chosen.recompose.block_k, warps, stages)
-        yield "recompose", replace(chosen, recompose=launch, recompose_rows=rows)
-    for length in (512, 1024, 2048, 4096):
-        yield "recompose", replace(chosen, recompose_length=length)
+        launch = replace(recompose, block_d=block_d, warps=warps, stages=stages, rows=rows)
+        yield "recompose", replace(chosen, recompose=launch)
+    for length, strips in itertools.product((512, 1024, 2048, 4096), (1, recompose.strips)):
+        yield (
+            "recompose",
+            replace(chosen, recompose=replace(recompose, length=length, strips=strips)),
+        )
     for programs, warps in itertools.product((1, 2, 4), (1, 2, 4, 8)):
-        count = max(1, chosen.solve_programs * programs // 2)
-        yield "solve", replace(chosen, solve_programs=count, solve_warps=warps)
+        count = max(1, solve.programs * programs // 2)
+        yield "solve", replace(chosen, solve=replace(solve, programs=count, warps=warps))
 
 
 def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None:
@@ -67,14 +72,8 @@ def tune(work: Workload, device: torch.device, clock, limit: int | None) -> None
             print(f"{stage}: {milliseconds:.3f} ms", flush=True)
     print(f"R = {chosen.R}, K = {chosen.K}, {work.dtype}, {work.adapters} adapters, {work.form}:")
     for stage, (milliseconds, tiles) in best.items():
-        parts = {
-            "chosen": f"{tiles}",
-            "project": f"{tiles.project}, group {tiles.group}, split_length {tiles.split_length}",
-            "recompose": f"{tiles.recompose}, recompose_rows {tiles.recompose_rows}, "
-            f"recompose_length {tiles.recompose_length}",
-            "solve": f"solve_warps {tiles.solve_warps}, solve_programs {tiles.solve_programs}",
-        }
-        print(f"  {stage}: {milliseconds:.3f} ms with {parts[stage]}")
+        launch = tiles if stage == "chosen" else getattr(tiles, stage)
+        print(f"  {stage}: {milliseconds:.3f} ms with group {tiles.group}, {launch}")
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def _recompose_side(
     if SIZES[S_K] == SIZES[S_BLOCK_K] and J == GROUP * ROWS and not WIDE:
         _resident(side, stretch, coefficients, SIDE, KIND, SIZES, HOW)
     else:
-        tl.static_assert(STRIPS == 1)
+        tl.static_assert(STRIPS == 1, "two strips ask for coefficients that are resident")
         _in_blocks(side, stretch, coefficients, SIDE, KIND, SIZES, HOW[2])
 
 

@@ -66,7 +66,7 @@ def _project(table: Table, basis: Basis, ws: Workspace) -> Projection:
         add = ws.launchers.get("add_splits")
         if add is None:
             add = ws.launchers["add_splits"] = _add_launcher(ws)
-        add(basis.modules, *ws.partial, M, ws.tiles.split_length)
+        add(basis.modules, *ws.partial, M, ws.tiles.project.split_length)
     return ws.projection
 
 
@@ -78,7 +78,7 @@ def _project_launcher(table: Table, ws: Workspace) -> Launcher:
         "K": tiles.K,
         "R": tiles.R,
         "GROUP": tiles.group,
-        "STRIPS": tiles.strips,
+        "STRIPS": shape.strips,
         "BLOCK_K": shape.block_k,
         "BLOCK_D": shape.block_d,
         "VEC_R": table.vec_r,
@@ -91,7 +91,6 @@ def _project_launcher(table: Table, ws: Workspace) -> Launcher:
         constants,
         warps=shape.warps,
         stages=shape.stages,
-        registers=shape.registers,
     )
 
 
@@ -194,14 +193,14 @@ def _solve_launcher(ws: Workspace, **own: Any) -> Launcher:
         from csulora_kernels._solve import solve_kernel as kernel
 
     tiles = ws.tiles
-    constants = {"K": tiles.K, "R": tiles.R, "T": tiles.solve_tile}
+    constants = {"K": tiles.K, "R": tiles.R, "T": tiles.solve.tile}
     return Launcher(
         kernel,
         (ws.scratch.shape[0],),
         {**constants, **own, "SAME": ws.kind.form == "same"},
-        warps=tiles.solve_warps,
+        warps=tiles.solve.warps,
         stages=1,
-        registers=tiles.solve_registers,
+        registers=tiles.solve.registers,
     )
 
 
@@ -272,7 +271,7 @@ def _recompose_launcher(table: Table, out: Table, ws: Workspace) -> Launcher:
         "R": tiles.R,
         "GROUP": tiles.group,
         "STRIPS": plan.recompose_strips(tiles, ws.kind),
-        "BLOCK_J": tiles.recompose_rows,
+        "BLOCK_J": shape.rows,
         "BLOCK_K": shape.block_k,
         "BLOCK_D": shape.block_d,
         "VEC_R": min(table.vec_r, out.vec_r),

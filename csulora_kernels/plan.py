@@ -47,8 +47,8 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
         # One program a group even where k = 0: the Gram matrices are wanted all the same.
         blocks = max(1, -(-shape.k // tiles.project.block_k))
         for side, d in enumerate((shape.d_out, shape.d_in)):
-            for split, start in enumerate(range(0, d, tiles.split_length)):
-                end = min(start + tiles.split_length, d)
+            for split, start in enumerate(range(0, d, tiles.project.split_length)):
+                end = min(start + tiles.project.split_length, d)
                 rows += [
                     ProjectItem(side, m, group, block, split, start, end)
                     for group in range(project_groups(adapters, tiles))
@@ -59,7 +59,7 @@ def project_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles) -> Tens
 
 def project_groups(adapters: int, tiles: Tiles) -> int:
     """Programs of project that read the same stretch of a basis, each for other adapters."""
-    return -(-adapters // (tiles.group * tiles.strips))
+    return -(-adapters // (tiles.group * tiles.project.strips))
 
 
 def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind: Kind) -> Tensor:
@@ -69,7 +69,7 @@ def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind:
         for side in kind.sides:
             wide = int(kind.splits_off and side == shape.wide_side)
             group = recompose_group(tiles, kind, wide)
-            d, step = shape[side], tiles.recompose_length
+            d, step = shape[side], tiles.recompose.length
             for start in range(0, d, step):
                 end = min(start + step, d)
                 rows += [
@@ -82,14 +82,14 @@ def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind:
 def recompose_group(tiles: Tiles, kind: Kind, wide: int) -> int:
     """Adapters of one program of recompose: its strips, and in each as many as `group_of` in _strip.py has."""
     rows = (1 if wide else kind.halves) * tiles.R
-    return recompose_strips(tiles, kind) * min(tiles.group, max(1, tiles.recompose_rows // rows))
+    return recompose_strips(tiles, kind) * min(tiles.group, max(1, tiles.recompose.rows // rows))
 
 
 def recompose_strips(tiles: Tiles, kind: Kind) -> int:
     """Cores as wide as `same` has them leave no shared memory for those of a second strip."""
-    return 1 if kind == ("csulora", "same") else tiles.recompose_strips
+    return 1 if kind == ("csulora", "same") else tiles.recompose.strips
 
 
 def splits(shapes: tuple[Shape, ...], tiles: Tiles) -> int:
     """The largest number of stretches that any side of any module is cut into."""
-    return max((-(-max(s.d_out, s.d_in) // tiles.split_length) for s in shapes), default=1)
+    return max((-(-max(s.d_out, s.d_in) // tiles.project.split_length) for s in shapes), default=1)

@@ -235,4 +235,4 @@ def _scratch(tiles: Tiles, kind: Kind, device: torch.device) -> Tensor:
     size = (SAME_MATRICES if kind.form == "same" else EXACT_MATRICES) * R * R
     if kind.method == "realign":
         size = REALIGN_MATRICES * R * R + 2 * K * R + 2 * K
-    return torch.empty(tiles.solve_programs, size, dtype=torch.float64, device=device)
+    return torch.empty(tiles.solve.programs, size, dtype=torch.float64, device=device)

@@ -52,7 +52,9 @@ def test_the_benchmark_checks_and_counts_without_a_clock(dry, tmp_path):
 @pytest.mark.slow
 def test_the_tuner_prints_what_to_write(dry):
     out = dry("tune", "--ranks", "3")
-    assert "project: 0.000 ms with Launch(block_d=" in out and "R = 16, K = 64" in out
+    assert (
+        "project: 0.000 ms with group 4, ProjectLaunch(block_d=" in out and "R = 16, K = 64" in out
+    )
 
 
 @pytest.mark.parametrize("adapters", [1, 8, 64])
@@ -63,7 +65,7 @@ def test_the_work_lists_read_every_factor_once_a_stage_and_write_every_result_on
     tiles = work.tiles()
     covered = plan.project_work(work.shapes, adapters, tiles)
     stretches = (covered[:, 6] - covered[:, 5]).long()
-    width = tiles.group * tiles.strips
+    width = tiles.group * tiles.project.strips
     members = (adapters - covered[:, 2] * width).clamp(max=width)
     assert int((stretches * members).sum()) * 16 * 2 == work.factors
     rows = 0

@@ -58,13 +58,12 @@ def configurations(arch, dtype, r, k, adapters):
         **vectors,
         "kernel": "project",
         "GROUP": tiles.group,
-        "STRIPS": tiles.strips,
+        "STRIPS": tiles.project.strips,
         "BLOCK_K": tiles.project.block_k,
         "BLOCK_D": tiles.project.block_d,
         "EMULATE": False,
         "warps": tiles.project.warps,
         "stages": tiles.project.stages,
-        "registers": tiles.project.registers,
     }
     yield {**common, "kernel": "add_splits", "BLOCK": 1024, "warps": 4, "stages": 3}
     for kind, number in KINDS.items():
@@ -74,7 +73,7 @@ def configurations(arch, dtype, r, k, adapters):
             "kernel": "recompose",
             "GROUP": tiles.group,
             "STRIPS": plan.recompose_strips(tiles, Kind(*kind)),
-            "BLOCK_J": tiles.recompose_rows,
+            "BLOCK_J": tiles.recompose.rows,
             "BLOCK_K": tiles.recompose.block_k,
             "BLOCK_D": tiles.recompose.block_d,
             "KIND": number,
@@ -87,9 +86,9 @@ def configurations(arch, dtype, r, k, adapters):
     solve = {
         **common,
         "dtype": "float32",  # it never sees the adapters' type
-        "T": tiles.solve_tile,
-        "warps": tiles.solve_warps,
-        "registers": tiles.solve_registers,
+        "T": tiles.solve.tile,
+        "warps": tiles.solve.warps,
+        "registers": tiles.solve.registers,
         "stages": 1,
     }
     for same in (False, True):

@@ -192,7 +192,7 @@ def test_later_calls_launch_the_same_without_binding_and_looking_up_again(compil
 
     table, basis = made(modules=((1100, 600, 7), (40, 530, 3)))
     tiles = kernels.choose(table.shapes, 2, 5, table.data.dtype, 90, 132)
-    tiles = replace(tiles, split_length=512)
+    tiles = replace(tiles, project=replace(tiles.project, split_length=512))
     ws = kernels.workspace(table, basis, SETTINGS[form], tiles)
     out = kernels.empty_like(table, SETTINGS[form])
     spectrum = spectrum_of(ws)
