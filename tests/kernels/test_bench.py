@@ -52,9 +52,7 @@ def test_the_benchmark_checks_and_counts_without_a_clock(dry, tmp_path):
 @pytest.mark.slow
 def test_the_tuner_prints_what_to_write(dry):
     out = dry("tune", "--ranks", "3")
-    assert (
-        "project: 0.000 ms with group 4, ProjectLaunch(block_d=" in out and "R = 16, K = 64" in out
-    )
+    assert ", ProjectLaunch(block_d=" in out and "R = 16, K = 64" in out
 
 
 @pytest.mark.parametrize("adapters", [1, 8, 64])
