@@ -32,7 +32,7 @@ import csulora_kernels as kernels
 from csulora import Correction, Realignment
 from csulora.method import realign
 from csulora.method.realign import Spectrum
-from csulora.method.stages import project, recompose, solve
+from csulora.method.stages import longer_side, mixing, project, recompose, solve
 from csulora.settings import Method
 
 TOLERANCE = 2 * 2.0**-8  # of a bfloat16 result
@@ -247,7 +247,8 @@ def eager(run: Run, name: str, work: Workload, compiled: bool) -> None:
             ]
             left, right = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         else:
-            left, right = recompose(B, A, U, V, own, solve(own, method)[0])
+            cores, _ = solve(own, method)
+            left, right = recompose(B, A, U, V, own, mixing(cores, longer_side(B, A)))
         return left.to(work.dtype), right.to(work.dtype)
 
     function = torch.compile(one, dynamic=True) if compiled else one
@@ -278,7 +279,7 @@ def float64(
     if isinstance(method, Realignment):
         return realign.recompose(B, A, U, V, realign.solve(own, spectrum, method)[0])
     cores, _ = solve(own, replace(method, form="exact"))
-    return recompose(B, A, U, V, own, cores)
+    return recompose(B, A, U, V, own, mixing(cores, longer_side(B, A)))
 
 
 def as_line(row: Row) -> str:

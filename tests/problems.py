@@ -29,7 +29,8 @@ def run(B, A, U, V, correction):
     """B', A' and what is known about them."""
     projection = stages.project(B, A, U, V)
     cores, figures = stages.solve(projection, correction)
-    return (*stages.recompose(B, A, U, V, projection, cores), figures)
+    mixing = stages.mixing(cores, stages.longer_side(B, A))
+    return (*stages.recompose(B, A, U, V, projection, mixing), figures)
 
 
 # d_out, d_in, r, k of an adapter with modules of several shapes, ranks and numbers of directions.

@@ -61,18 +61,30 @@ class Cores(NamedTuple):
     Y_in: Tensor  # (..., r', r), r' = 2r for exact and r for same
     Y_out: Tensor  # (..., r', r)
 
-    def unbind(self) -> list[Cores]:
-        """Those of the single modules of a stack."""
-        n = self.Y_in.shape[0]
-        parts = ([None] * n if X is None else X.unbind() for X in self)
-        return [Cores(*row) for row in zip(*parts, strict=True)]
-
-    def of(self, rows: slice) -> Cores:
+    def of(self, rows: slice | list[int]) -> Cores:
         """Those of some modules of a stack."""
         X_in, X_out, Y_in, Y_out = self
         if X_in is None or X_out is None:
             return Cores(None, None, Y_in[rows], Y_out[rows])
         return Cores(X_in[rows], X_out[rows], Y_in[rows], Y_out[rows])
+
+
+class Mixing(NamedTuple):
+    """Cores as `recompose` uses them, in float64. The new factors are
+
+        B' = [B_in, B] M_B        A'^T = [A_in^T, A^T] M_A        M (..., 2r, r')
+
+    and M is None for the side of `exact` on which the parts stand as they are, [B_in, B_out].
+    """
+
+    B: Tensor | None
+    A: Tensor | None
+
+    def unbind(self) -> list[Mixing]:
+        """Those of the single modules of a stack."""
+        n = next(len(M) for M in self if M is not None)
+        parts = ([None] * n if M is None else M.unbind() for M in self)
+        return [Mixing(*row) for row in zip(*parts, strict=True)]
 
 
 class Figures(NamedTuple):
@@ -180,60 +192,96 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
     return cores, figures
 
 
+def longer_side(B: Tensor, A: Tensor) -> int:
+    """0 if B (..., d_out, r) is the longer factor or both are as long, 1 if A (..., r, d_in) is.
+
+    `exact` leaves that side in its parts: the product with the cores costs less on the other one.
+    """
+    return int(B.shape[-2] < A.shape[-1])
+
+
+def mixing(cores: Cores, longer: int) -> Mixing:
+    """The cores of modules with that longer side, for `recompose`."""
+    X_in, X_out, Y_in, Y_out = cores
+    if X_in is not None and X_out is not None:
+        return Mixing(_for_whole(X_in, X_out), _for_whole(Y_in.mT, Y_out.mT))
+    if longer == 0:
+        return Mixing(None, _for_whole(Y_in.mT, Y_out.mT))
+    # The same blocks from the other side.
+    (K_ff, K_of), (K_fo, K_oo) = (Y.chunk(2, dim=-2) for Y in (Y_in, Y_out))
+    left = torch.cat([K_ff, K_fo], dim=-1), torch.cat([K_of, K_oo], dim=-1)
+    return Mixing(_for_whole(*left), None)
+
+
 def recompose(
     B: Tensor,
     A: Tensor,
     U: Tensor,
     V: Tensor,
     projection: Projection,
-    cores: Cores,
+    mixing: Mixing,
     out: tuple[Tensor, Tensor] | None = None,
+    *,
+    split: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The corrected factors B' (..., d_out, r') and A' (..., r', d_in), r' = 2r (exact) or r (same).
 
     Computes in the dtype of U; B and A may be of a lower precision. `out` is memory in the dtype of U
-    for both results.
+    for both results; split: `split_longer` has written one of them there already.
     """
-    dtype, r_new = U.dtype, cores.Y_in.shape[-2]
     if out is None:
+        r_new = next(M.shape[-1] for M in mixing if M is not None)
         out = (
-            B.new_empty((*B.shape[:-1], r_new), dtype=dtype),
-            A.new_empty((*A.shape[:-2], r_new, A.shape[-1]), dtype=dtype),
+            B.new_empty((*B.shape[:-1], r_new), dtype=U.dtype),
+            A.new_empty((*A.shape[:-2], r_new, A.shape[-1]), dtype=U.dtype),
         )
+    if None in mixing and not split:
+        split_longer(B, A, U, V, projection, out[longer_side(B, A)])
     P, Q = projection.P, projection.Q
-    X_in, X_out = cores.X_in, cores.X_out
-    Y_in: Tensor | None = cores.Y_in.mT
-    Y_out: Tensor | None = cores.Y_out.mT
-    if X_in is None and B.shape[-2] < A.shape[-1]:
-        # The same blocks from the other side: the product with the cores costs less on the shorter one.
-        (K_ff, K_of), (K_fo, K_oo) = (Y.chunk(2, dim=-2) for Y in (cores.Y_in, cores.Y_out))
-        X_in, X_out = torch.cat([K_ff, K_fo], dim=-1), torch.cat([K_of, K_oo], dim=-1)
-        Y_in = Y_out = None
-    _compose(U, P, B.to(dtype), X_in, X_out, out=out[0])
-    _compose(V, Q.mT, A.to(dtype).mT, Y_in, Y_out, out=out[1].mT)
+    if mixing.B is not None:
+        _mix(U, P, B.to(U.dtype), mixing.B, out=out[0])
+    if mixing.A is not None:
+        _mix(V, Q.mT, A.to(V.dtype).mT, mixing.A, out=out[1].mT)
     return out
 
 
-def _compose(
-    W: Tensor, C: Tensor, X: Tensor, M_in: Tensor | None, M_out: Tensor | None, out: Tensor
+def split_longer(
+    B: Tensor, A: Tensor, U: Tensor, V: Tensor, projection: Projection, out: Tensor
 ) -> None:
-    """One side: out = X_in M_in + X_out M_out (d, r') with X_in = W C and X_out = X - X_in, X (d, r).
+    """The longer factor's side of `exact`, which needs no cores: its parts inside and outside.
 
-    Without M the two parts stand side by side, r' = 2r. For the A side everything is transposed.
+    out: [B_in, B_out] (..., d_out, 2r), or [A_in ; A_out] (..., 2r, d_in), in the dtype of U.
     """
+    if longer_side(B, A) == 0:
+        _split(U, projection.P, B.to(U.dtype), out)
+    else:
+        _split(V, projection.Q.mT, A.to(V.dtype).mT, out.mT)
+
+
+def _split(W: Tensor, C: Tensor, X: Tensor, out: Tensor) -> None:
+    """out = [W C, X - W C] (d, 2r), the parts of X (d, r). For the A side everything is transposed."""
     r = X.shape[-1]
+    X_in = torch.matmul(W, C.to(W.dtype), out=out[..., :r])
+    torch.sub(X, X_in, out=out[..., r:])
+
+
+def _mix(W: Tensor, C: Tensor, X: Tensor, M: Tensor, out: Tensor) -> None:
+    """out = [W C, X] M (d, r') for X (d, r). For the A side everything is transposed."""
+    r, r_new = X.shape[-1], M.shape[-1]
     C = C.to(W.dtype)
-    if M_in is None or M_out is None:
-        X_in = torch.matmul(W, C, out=out[..., :r])
-        torch.sub(X, X_in, out=out[..., r:])
-    elif out.shape[-1] == r:
-        torch.matmul(W, (C.double() @ (M_in - M_out)).to(W.dtype), out=out)
-        out += X @ M_out.to(W.dtype)
+    if r_new == r:
+        torch.matmul(W, (C.double() @ M[..., :r, :]).to(W.dtype), out=out)
+        out += X @ M[..., r:, :].to(W.dtype)
     else:
         both = torch.empty_like(out)
         torch.matmul(W, C, out=both[..., :r])
         both[..., r:] = X
-        torch.matmul(both, torch.cat([M_in - M_out, M_out], dim=-2).to(W.dtype), out=out)
+        torch.matmul(both, M.to(W.dtype), out=out)
+
+
+def _for_whole(M_in: Tensor, M_out: Tensor) -> Tensor:
+    """M (..., 2r, r') for which X_in M_in + X_out M_out is [X_in, X] M, X = X_in + X_out."""
+    return torch.cat([M_in - M_out, M_out], dim=-2)
 
 
 def _positive(G: Tensor) -> Tensor:

@@ -18,7 +18,17 @@ from csulora.method.precision import (
     squares_fit_float32,
 )
 from csulora.method.realign import Shift, Spectrum
-from csulora.method.stages import Cores, Figures, Projection, project
+from csulora.method.stages import (
+    Cores,
+    Figures,
+    Mixing,
+    Projection,
+    longer_side,
+    mixing,
+    project,
+    split_longer,
+)
+from csulora.pipeline.memory import allocate
 from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
 from csulora.settings import Correction, Method
@@ -42,9 +52,29 @@ class Block(NamedTuple):
     A: Tensor  # (g, r, d_in)
     U: Tensor  # (g, d_out, k)
     V: Tensor  # (g, d_in, k)
+    split: bool = (
+        False  # the longer factor is no more: its parts stand in the memory for the result
+    )
+
+    @property
+    def longer(self) -> int:
+        """Of its factors, see `stages.longer_side`."""
+        return longer_side(self.B, self.A)
 
     def project(self) -> Projection:
         return project(self.B, self.A, self.U, self.V)
+
+    def with_parts_in(self, memory: Pair, projection: Projection) -> Block:
+        """The block after the parts of its longer factor were written, while all is in the cache."""
+        positions, B, A, U, V, _ = self
+        into = memory[self.longer]
+        parts = into if into.dtype == U.dtype else torch.empty_like(into, dtype=U.dtype)
+        # Row by row, as they will lie in the stack: the last bits of a product depend on it.
+        own = Projection(*(X.contiguous() for X in projection))
+        split_longer(B, A, U, V, own, parts)
+        if parts is not into:
+            into.copy_(parts)
+        return Block(positions, *((into, A) if self.longer == 0 else (B, into)), U, V, split=True)
 
 
 class Stack(NamedTuple):
@@ -73,29 +103,36 @@ class Stack(NamedTuple):
 class Part:
     """A block that has been solved."""
 
-    def __init__(self, block: Block, projection: Projection, cores: Cores | Shift) -> None:
-        self._block, self._projection, self._cores = block, projection, cores
+    def __init__(self, block: Block, projection: Projection, found: Mixing | Shift) -> None:
+        self._block, self._projection, self._found = block, projection, found
         self.positions = block.positions
         self._made: Pair | None = None
 
     def factors(self, row: int, member: Member, into: Pair | None) -> Pair:
         """The new factors of one member; those of small adapters are made all at once, and kept."""
         if self._block.B.dim() == 2:
-            return self._recompose(into)
+            return self._recompose(None if into is None else self._room(into))
         self._made = self._made or self._recompose(None)
         B, A = self._made
         # What stays as it is should be seen to.
         return member.module.B.to(B) if B is self._block.B else B[row], A[row]
 
-    def _recompose(self, into: Pair | None) -> Pair:
-        _, B, A, U, V = self._block
-        fits = into is not None and all(
-            X.dtype == torch.float32 and X.device == B.device for X in into
+    def _room(self, into: Pair) -> Pair:
+        """What is given, where it can be computed in or holds a result, else memory like it."""
+        U, split, longer = self._block.U, self._block.split, self._block.longer
+        B, A = (
+            X
+            if (split and side == longer) or (X.dtype == U.dtype and X.device == U.device)
+            else torch.empty_like(X, dtype=U.dtype, device=U.device)
+            for side, X in enumerate(into)
         )
-        out = into if fits else None
-        if isinstance(self._cores, Shift):
-            return realign.recompose(B, A, U, V, self._cores, out)
-        return stages.recompose(B, A, U, V, self._projection, self._cores, out)
+        return B, A
+
+    def _recompose(self, out: Pair | None) -> Pair:
+        _, B, A, U, V, split = self._block
+        if isinstance(self._found, Shift):
+            return realign.recompose(B, A, U, V, self._found, out)
+        return stages.recompose(B, A, U, V, self._projection, self._found, out, split=split)
 
 
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
@@ -136,11 +173,37 @@ def _size(members: Sequence[Member]) -> int:
 
 
 def _solve_group(plans: Sequence[Plan], device: torch.device) -> list[Solved]:
-    return solve_stacks(plans, project_members([plan.members for plan in plans], device))
+    members = [plan.members for plan in plans]
+    if len(plans) > 1 or _size(plans[0].members) <= TOGETHER:
+        return solve_stacks(plans, project_members(members, device))
+    (plan,) = plans
+    memory = allocate(plan)
+    stacks = project_members(members, device, {i: memory[i] for i in _splits_early(plan, device)})
+    return [solved._replace(memory=memory) for solved in solve_stacks(plans, stacks)]
 
 
-def project_members(adapters: Sequence[Sequence[Member]], device: torch.device) -> list[Stack]:
+def _splits_early(plan: Plan, device: torch.device) -> list[int]:
+    """The members of a large adapter of which one factor can be written before the strengths matter."""
+    return [
+        i
+        for i, member in enumerate(plan.members)
+        if device.type == "cpu"
+        and isinstance(member.correction, Correction)
+        and member.correction.form == "exact"
+        and not member.correction.is_identity
+        and plan.only_rounds(member)
+    ]
+
+
+def project_members(
+    adapters: Sequence[Sequence[Member]],
+    device: torch.device,
+    memory: Mapping[int, Pair] | None = None,
+) -> list[Stack]:
     """The members of some adapters, in stacks; positions count all members, adapter by adapter.
+
+    memory: for members of one large adapter, of whose result the longer factor is then written, as
+    `stages.split_longer` has it.
 
     Raises CsuloraError for factors whose squares float32 cannot hold.
     """
@@ -153,7 +216,9 @@ def project_members(adapters: Sequence[Sequence[Member]], device: torch.device) 
         blocks = stacks.setdefault((member.module.rank, member.U.shape[1], shared), {})
         blocks.setdefault((member.target, member.transposed, member.correction), []).append(i)
     return [
-        _stack([_block(members, own, device, small) for own in blocks.values()], members)
+        _stack(
+            (_block(members, own, device, small) for own in blocks.values()), memory or {}, members
+        )
         for blocks in stacks.values()
     ]
 
@@ -211,13 +276,25 @@ def _solve(
 
 def _parts(stack: Stack, cores: Cores | Shift) -> list[Part]:
     blocks, projection = stack.blocks, stack.projection
+    longer = [block.longer for block in blocks]
     if blocks[0].B.dim() == 2:
-        own: Sequence[Cores | Shift] = cores.unbind()
-        return list(map(Part, blocks, projection.unbind(), own))
-    spans = [slice(*span) for span in stack.spans()]
-    return [
-        Part(b, projection.of(rows), cores.of(rows)) for b, rows in zip(blocks, spans, strict=True)
+        found = cores.unbind() if isinstance(cores, Shift) else _mixings(cores, longer)
+        return list(map(Part, blocks, projection.unbind(), found))
+    rows = [slice(*span) for span in stack.spans()]
+    own = [
+        cores.of(some) if isinstance(cores, Shift) else mixing(cores.of(some), side)
+        for some, side in zip(rows, longer, strict=True)
     ]
+    return list(map(Part, blocks, map(projection.of, rows), own))
+
+
+def _mixings(cores: Cores, longer: Sequence[int]) -> Sequence[Mixing]:
+    """Those of single modules with these longer sides, made at once for all of either side."""
+    found: dict[int, Mixing] = {}
+    for side in set(longer):
+        rows = [row for row, own in enumerate(longer) if own == side]
+        found |= zip(rows, mixing(cores.of(rows), side).unbind(), strict=True)
+    return [found[row] for row in range(len(longer))]
 
 
 def _block(
@@ -238,13 +315,18 @@ def _block(
     return Block(positions, B, A, U, V)
 
 
-def _stack(blocks: list[Block], members: Sequence[Member]) -> Stack:
-    rows = [block.project() for block in blocks]
-    join = torch.stack if blocks[0].B.dim() == 2 else torch.cat
+def _stack(blocks: Iterable[Block], memory: Mapping[int, Pair], members: Sequence[Member]) -> Stack:
+    rows: list[Projection] = []
+    kept: list[Block] = []
+    for block in blocks:
+        rows.append(block.project())
+        into = memory.get(block.positions[0])
+        kept.append(block if into is None else block.with_parts_in(into, rows[-1]))
+    join = torch.stack if kept[0].B.dim() == 2 else torch.cat
     projection = Projection(*(join(parts) for parts in zip(*rows, strict=True)))
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in projection[2:]], dim=-1)
     finite = torch.isfinite(squares).all(-1)
-    stack = Stack(blocks, projection, squares_fit_float32(squares))
+    stack = Stack(kept, projection, squares_fit_float32(squares))
     if not bool(finite.all()):
         raise overflow(members[stack.positions[int(finite.int().argmin())]].name)
     return stack
