@@ -52,9 +52,8 @@ class Block(NamedTuple):
     A: Tensor  # (g, r, d_in)
     U: Tensor  # (g, d_out, k)
     V: Tensor  # (g, d_in, k)
-    split: bool = (
-        False  # the longer factor is no more: its parts stand in the memory for the result
-    )
+    # In the longer factor's place stands what becomes of it, in the memory and type for the result.
+    split: bool = False
 
     @property
     def longer(self) -> int:
@@ -69,9 +68,9 @@ class Block(NamedTuple):
         positions, B, A, U, V, _ = self
         into = memory[self.longer]
         parts = into if into.dtype == U.dtype else torch.empty_like(into, dtype=U.dtype)
-        # Row by row, as they will lie in the stack: the last bits of a product depend on it.
-        own = Projection(*(X.contiguous() for X in projection))
-        split_longer(B, A, U, V, own, parts)
+        # Row by row, as it will lie in the stack: the last bits of a product depend on it.
+        projection = projection._replace(P=projection.P.contiguous())
+        split_longer(B, A, U, V, projection, parts)
         if parts is not into:
             into.copy_(parts)
         return Block(positions, *((into, A) if self.longer == 0 else (B, into)), U, V, split=True)
@@ -118,7 +117,7 @@ class Part:
         return member.module.B.to(B) if B is self._block.B else B[row], A[row]
 
     def _room(self, into: Pair) -> Pair:
-        """What is given, where it can be computed in or holds a result, else memory like it."""
+        """The memory for the result where it holds one or can be computed in, else some like it."""
         U, split, longer = self._block.U, self._block.split, self._block.longer
         B, A = (
             X
@@ -132,6 +131,7 @@ class Part:
         _, B, A, U, V, split = self._block
         if isinstance(self._found, Shift):
             return realign.recompose(B, A, U, V, self._found, out)
+        assert out is not None or not split  # what was written early is asked for from there
         return stages.recompose(B, A, U, V, self._projection, self._found, out, split=split)
 
 
@@ -176,23 +176,17 @@ def _solve_group(plans: Sequence[Plan], device: torch.device) -> list[Solved]:
     members = [plan.members for plan in plans]
     if len(plans) > 1 or _size(plans[0].members) <= TOGETHER:
         return solve_stacks(plans, project_members(members, device))
-    (plan,) = plans
-    memory = allocate(plan)
-    stacks = project_members(members, device, {i: memory[i] for i in _splits_early(plan, device)})
+    memory = allocate(plans[0])
+    early = {i: memory[i] for i, member in enumerate(plans[0].members) if _splits(plans[0], member)}
+    stacks = project_members(members, device, early if device.type == "cpu" else None)
     return [solved._replace(memory=memory) for solved in solve_stacks(plans, stacks)]
 
 
-def _splits_early(plan: Plan, device: torch.device) -> list[int]:
-    """The members of a large adapter of which one factor can be written before the strengths matter."""
-    return [
-        i
-        for i, member in enumerate(plan.members)
-        if device.type == "cpu"
-        and isinstance(member.correction, Correction)
-        and member.correction.form == "exact"
-        and not member.correction.is_identity
-        and plan.only_rounds(member)
-    ]
+def _splits(plan: Plan, member: Member) -> bool:
+    """Whether the longer factor of a member's result is its parts as they are, whatever the strengths."""
+    correction = member.correction
+    exact = isinstance(correction, Correction) and correction.form == "exact"
+    return exact and not correction.is_identity and plan.only_rounds(member)
 
 
 def project_members(
