@@ -87,16 +87,28 @@ def test_the_result_is_the_same_to_the_last_bit(types, method, portable, monkeyp
         assert torch.equal(X, early.tensors()[name]), name
 
 
-@pytest.mark.parametrize("types", ["float32", "bfloat16"])
-def test_it_is_written_before_the_systems_are_solved(types, monkeypatch):
-    steps = []
+@pytest.fixture
+def steps(monkeypatch):
+    """The names of the steps that are taken, in their order."""
+    taken = []
     for name in ("split_longer", "solve_with_amplification"):
         step = getattr(by_torch, name)
         monkeypatch.setattr(
-            by_torch, name, lambda *x, step=step, name=name: steps.append(name) or step(*x)
+            by_torch, name, lambda *x, step=step, name=name: taken.append(name) or step(*x)
         )
+    return taken
+
+
+@pytest.mark.parametrize("types", ["float32", "bfloat16"])
+def test_it_is_written_before_the_systems_are_solved(types, steps):
     correct(_adapter(types), SUBSPACE)
     assert steps == [*["split_longer"] * 3, "solve_with_amplification"]
+
+
+def test_nothing_is_written_of_modules_that_stay_or_go(steps):
+    """Their memory is of another rank."""
+    correct(_adapter(), SUBSPACE, METHODS[3])
+    assert steps.count("split_longer") == 1
 
 
 def test_float64_takes_the_place_of_what_was_written():
