@@ -329,7 +329,8 @@ def _stack(blocks: Iterable[Block], memory: Mapping[int, Pair], members: Sequenc
 def _in_line(member: Member) -> bool:
     """Whether all its matrices are a whole number of cache lines, so that it may share a stack."""
     r, k = member.module.rank, member.U.shape[1]
-    return all(r * size % LINE == 0 for size in (member.U.shape[0], member.V.shape[0], r, k))
+    sizes = [r * size for size in (member.U.shape[0], member.V.shape[0], r, k)]
+    return all(size % LINE == 0 for size in (*sizes, k * k))  # realignment sums over k x k
 
 
 def _by_correction(members: Sequence[Member], stack: Stack) -> Iterator[tuple[Method, Stack]]:
