@@ -77,15 +77,44 @@ def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amp
     used: (..., r), False for columns that are padding.
     """
     G_B, G_A = grams
+    energy, squares, stored = (_of_exact if cores.X_in is None else _of_same)(grams, cores)
+    inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
+    computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
+    if cores.X_in is not None:
+        # The fit divides by its systems; where they are singular it divides rounding errors by noise.
+        computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
+    computing = torch.where(_cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
+    return Amplification(computing, storing)
+
+
+def _of_exact(grams: Grams, cores: Cores) -> tuple[Tensor, Tensor, Tensor]:
+    """`_of_same` for B' = [B_in, B_out], of which the Gram matrix is that of B_in and that of B_out."""
+    G_B, G_A = grams
+    r = G_B.shape[-1]
+    own_B = G_B.movedim(0, -3)  # (..., 2, r, r), for the two halves of Y
+    Y = cores.Y_in, cores.Y_out
+    left = [(own_B @ y.unflatten(-2, (2, r))).flatten(-3, -2) for y in Y]
+    right = [y @ G for y, G in zip(Y, G_A, strict=True)]
+    energy = dot(left[0], right[0]) + dot(left[1], right[1])
+    B_in, B_out = _diagonal(G_B)
+    rows = (right[0] * Y[0] + right[1] * Y[1]).sum(-1)  # of A'
+    squares = (
+        B_in * rows[..., :r]
+        + (B_in + B_out) * rows[..., r:]
+        + _diagonal(G_A[0]) * (left[0] * Y[0]).sum(-2)
+        + _diagonal(G_A.sum(0)) * (left[1] * Y[1]).sum(-2)
+    )
+    return energy, squares, 2 * torch.cat([B_in, B_out], dim=-1) * rows
+
+
+def _of_same(grams: Grams, cores: Cores) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy of the result (...), and what rounding does to it, squared, by the columns (..., r) of the
+    factors that are computed with and by those (..., r') of the factors that are stored."""
+    G_B, G_A = grams
     X_in, X_out, Y_in, Y_out = cores
-    if X_in is None or X_out is None:
-        eye = torch.eye(G_B.shape[-1], dtype=G_B.dtype, device=G_B.device).expand(G_B.shape[1:])
-        nothing = torch.zeros_like(eye)
-        X_in, X_out = torch.cat([eye, nothing], dim=-1), torch.cat([nothing, eye], dim=-1)
+    assert X_in is not None and X_out is not None
     new_B = X_in.mT @ G_B[0] @ X_in + X_out.mT @ G_B[1] @ X_out
     new_A = Y_in @ G_A[0] @ Y_in.mT + Y_out @ G_A[1] @ Y_out.mT
-    energy = dot(new_B, new_A)
-    inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
     # B_out is a difference from B, so it carries the rounding of all of B; so with A.
     squares = (
         _diagonal(G_B[0]) * _diagonal(X_in @ new_A @ X_in.mT)
@@ -93,13 +122,7 @@ def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amp
         + _diagonal(G_A[0]) * _diagonal(Y_in.mT @ new_B @ Y_in)
         + _diagonal(G_A.sum(0)) * _diagonal(Y_out.mT @ new_B @ Y_out)
     )
-    stored = 2 * _diagonal(new_B) * _diagonal(new_A)
-    computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
-    if cores.X_in is not None:
-        # The fit divides by its systems; where they are singular it divides rounding errors by noise.
-        computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
-    computing = torch.where(_cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
-    return Amplification(computing, storing)
+    return dot(new_B, new_A), squares, 2 * _diagonal(new_B) * _diagonal(new_A)
 
 
 def singular(grams: Grams, used: Tensor | None = None) -> Tensor:

@@ -180,6 +180,14 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
     return cores, figures
 
 
+def wide_side(B: Tensor, A: Tensor) -> int:
+    """0 if B (..., d_out, r) is the wide (longer) factor or both are as long, 1 if A (..., r, d_in) is.
+
+    `exact` leaves that side in its parts: the product with the cores costs less on the other one.
+    """
+    return int(B.shape[-2] < A.shape[-1])
+
+
 def recompose(
     B: Tensor,
     A: Tensor,
@@ -188,45 +196,67 @@ def recompose(
     projection: Projection,
     cores: Cores,
     out: tuple[Tensor, Tensor] | None = None,
+    *,
+    split: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The corrected factors B' (..., d_out, r') and A' (..., r', d_in), r' = 2r (exact) or r (same).
 
     Computes in the dtype of U; B and A may be of a lower precision. `out` is memory in the dtype of U
-    for both results.
+    for both results; split: `split_wide` has written one of them there already.
     """
-    dtype, r_new = U.dtype, cores.Y_in.shape[-2]
+    X_in, X_out, Y_in, Y_out = cores
     if out is None:
+        r_new = Y_in.shape[-2]
         out = (
-            B.new_empty((*B.shape[:-1], r_new), dtype=dtype),
-            A.new_empty((*A.shape[:-2], r_new, A.shape[-1]), dtype=dtype),
+            B.new_empty((*B.shape[:-1], r_new), dtype=U.dtype),
+            A.new_empty((*A.shape[:-2], r_new, A.shape[-1]), dtype=U.dtype),
         )
-    P, Q = projection.P, projection.Q
-    X_in, X_out = cores.X_in, cores.X_out
-    Y_in: Tensor | None = cores.Y_in.mT
-    Y_out: Tensor | None = cores.Y_out.mT
-    if X_in is None and B.shape[-2] < A.shape[-1]:
-        # The same blocks from the other side: the product with the cores costs less on the shorter one.
-        (K_ff, K_of), (K_fo, K_oo) = (Y.chunk(2, dim=-2) for Y in (cores.Y_in, cores.Y_out))
-        X_in, X_out = torch.cat([K_ff, K_fo], dim=-1), torch.cat([K_of, K_oo], dim=-1)
-        Y_in = Y_out = None
-    _compose(U, P, B.to(dtype), X_in, X_out, out=out[0])
-    _compose(V, Q.mT, A.to(dtype).mT, Y_in, Y_out, out=out[1].mT)
+    left = None if X_in is None or X_out is None else (X_in, X_out)
+    right: tuple[Tensor, Tensor] | None = (Y_in.mT, Y_out.mT)
+    if left is None:
+        wide = wide_side(B, A)
+        if not split:
+            split_wide(B, A, U, V, projection, out[wide])
+        if wide == 1:
+            # The same blocks from the other side.
+            (K_ff, K_of), (K_fo, K_oo) = (Y.chunk(2, dim=-2) for Y in (Y_in, Y_out))
+            left = torch.cat([K_ff, K_fo], dim=-1), torch.cat([K_of, K_oo], dim=-1)
+            right = None
+    if left is not None:
+        _mix(U, projection.P, B.to(U.dtype), *left, out=out[0])
+    if right is not None:
+        _mix(V, projection.Q.mT, A.to(V.dtype).mT, *right, out=out[1].mT)
     return out
 
 
-def _compose(
-    W: Tensor, C: Tensor, X: Tensor, M_in: Tensor | None, M_out: Tensor | None, out: Tensor
+def split_wide(
+    B: Tensor, A: Tensor, U: Tensor, V: Tensor, projection: Projection, out: Tensor
 ) -> None:
-    """One side: out = X_in M_in + X_out M_out (d, r') with X_in = W C and X_out = X - X_in, X (d, r).
+    """The wide factor's side of `exact`, which needs no cores: its parts inside and outside.
 
-    Without M the two parts stand side by side, r' = 2r. For the A side everything is transposed.
+    out: [B_in, B_out] (..., d_out, 2r), or [A_in ; A_out] (..., 2r, d_in), in the dtype of U.
+    """
+    if wide_side(B, A) == 0:
+        _split(U, projection.P, B.to(U.dtype), out)
+    else:
+        _split(V, projection.Q.mT, A.to(V.dtype).mT, out.mT)
+
+
+def _split(W: Tensor, C: Tensor, X: Tensor, out: Tensor) -> None:
+    """out = [W C, X - W C] (d, 2r), the parts of X (d, r). For the A side everything is transposed."""
+    r = X.shape[-1]
+    X_in = torch.matmul(W, C.to(W.dtype), out=out[..., :r])
+    torch.sub(X, X_in, out=out[..., r:])
+
+
+def _mix(W: Tensor, C: Tensor, X: Tensor, M_in: Tensor, M_out: Tensor, out: Tensor) -> None:
+    """out = X_in M_in + X_out M_out (d, r') with X_in = W C and X_out = X - X_in, X (d, r).
+
+    For the A side everything is transposed.
     """
     r = X.shape[-1]
     C = C.to(W.dtype)
-    if M_in is None or M_out is None:
-        X_in = torch.matmul(W, C, out=out[..., :r])
-        torch.sub(X, X_in, out=out[..., r:])
-    elif out.shape[-1] == r:
+    if out.shape[-1] == r:
         torch.matmul(W, (C.double() @ (M_in - M_out)).to(W.dtype), out=out)
         out += X @ M_out.to(W.dtype)
     else:

@@ -18,7 +18,8 @@ from csulora.method.precision import (
     squares_fit_float32,
 )
 from csulora.method.realign import Shift, Spectrum
-from csulora.method.stages import Cores, Figures, Projection, project
+from csulora.method.stages import Cores, Figures, Projection, project, split_wide, wide_side
+from csulora.pipeline.memory import allocate
 from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
 from csulora.settings import Correction, Method
@@ -42,9 +43,28 @@ class Block(NamedTuple):
     A: Tensor  # (g, r, d_in)
     U: Tensor  # (g, d_out, k)
     V: Tensor  # (g, d_in, k)
+    # In the wide factor's place stands what becomes of it, in the memory and type for the result.
+    split: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Of its factors, see `stages.wide_side`."""
+        return wide_side(self.B, self.A)
 
     def project(self) -> Projection:
         return project(self.B, self.A, self.U, self.V)
+
+    def with_parts_in(self, memory: Pair, projection: Projection) -> Block:
+        """The block after the parts of its wide factor were written, while all is in the cache."""
+        positions, B, A, U, V, _ = self
+        into = memory[self.wide]
+        parts = into if into.dtype == U.dtype else torch.empty_like(into, dtype=U.dtype)
+        # Row by row, as it will lie in the stack: the last bits of a product depend on it.
+        projection = projection._replace(P=projection.P.contiguous())
+        split_wide(B, A, U, V, projection, parts)
+        if parts is not into:
+            into.copy_(parts)
+        return Block(positions, *((into, A) if self.wide == 0 else (B, into)), U, V, split=True)
 
 
 class Stack(NamedTuple):
@@ -73,29 +93,37 @@ class Stack(NamedTuple):
 class Part:
     """A block that has been solved."""
 
-    def __init__(self, block: Block, projection: Projection, cores: Cores | Shift) -> None:
-        self._block, self._projection, self._cores = block, projection, cores
+    def __init__(self, block: Block, projection: Projection, found: Cores | Shift) -> None:
+        self._block, self._projection, self._found = block, projection, found
         self.positions = block.positions
         self._made: Pair | None = None
 
     def factors(self, row: int, member: Member, into: Pair | None) -> Pair:
         """The new factors of one member; those of small adapters are made all at once, and kept."""
         if self._block.B.dim() == 2:
-            return self._recompose(into)
+            return self._recompose(None if into is None else self._room(into))
         self._made = self._made or self._recompose(None)
         B, A = self._made
         # What stays as it is should be seen to.
         return member.module.B.to(B) if B is self._block.B else B[row], A[row]
 
-    def _recompose(self, into: Pair | None) -> Pair:
-        _, B, A, U, V = self._block
-        fits = into is not None and all(
-            X.dtype == torch.float32 and X.device == B.device for X in into
+    def _room(self, into: Pair) -> Pair:
+        """The memory for the result where it holds one or can be computed in, else some like it."""
+        U, split, wide = self._block.U, self._block.split, self._block.wide
+        B, A = (
+            X
+            if (split and side == wide) or (X.dtype == U.dtype and X.device == U.device)
+            else torch.empty_like(X, dtype=U.dtype, device=U.device)
+            for side, X in enumerate(into)
         )
-        out = into if fits else None
-        if isinstance(self._cores, Shift):
-            return realign.recompose(B, A, U, V, self._cores, out)
-        return stages.recompose(B, A, U, V, self._projection, self._cores, out)
+        return B, A
+
+    def _recompose(self, out: Pair | None) -> Pair:
+        _, B, A, U, V, split = self._block
+        if isinstance(self._found, Shift):
+            return realign.recompose(B, A, U, V, self._found, out)
+        assert out is not None or not split  # what was written early is asked for from there
+        return stages.recompose(B, A, U, V, self._projection, self._found, out, split=split)
 
 
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
@@ -136,11 +164,31 @@ def _size(members: Sequence[Member]) -> int:
 
 
 def _solve_group(plans: Sequence[Plan], device: torch.device) -> list[Solved]:
-    return solve_stacks(plans, project_members([plan.members for plan in plans], device))
+    members = [plan.members for plan in plans]
+    if len(plans) > 1 or _size(plans[0].members) <= TOGETHER:
+        return solve_stacks(plans, project_members(members, device))
+    memory = allocate(plans[0])
+    early = {i: memory[i] for i, member in enumerate(plans[0].members) if _splits(plans[0], member)}
+    stacks = project_members(members, device, early if device.type == "cpu" else None)
+    return [solved._replace(memory=memory) for solved in solve_stacks(plans, stacks)]
 
 
-def project_members(adapters: Sequence[Sequence[Member]], device: torch.device) -> list[Stack]:
+def _splits(plan: Plan, member: Member) -> bool:
+    """Whether the wide factor of a member's result is its parts as they are, whatever the strengths."""
+    correction = member.correction
+    exact = isinstance(correction, Correction) and correction.form == "exact"
+    return exact and not correction.is_identity and plan.only_rounds(member)
+
+
+def project_members(
+    adapters: Sequence[Sequence[Member]],
+    device: torch.device,
+    memory: Mapping[int, Pair] | None = None,
+) -> list[Stack]:
     """The members of some adapters, in stacks; positions count all members, adapter by adapter.
+
+    memory: for members of one large adapter, of whose result the wide factor is then written, as
+    `stages.split_wide` has it.
 
     Raises CsuloraError for factors whose squares float32 cannot hold.
     """
@@ -153,7 +201,9 @@ def project_members(adapters: Sequence[Sequence[Member]], device: torch.device) 
         blocks = stacks.setdefault((member.module.rank, member.U.shape[1], shared), {})
         blocks.setdefault((member.target, member.transposed, member.correction), []).append(i)
     return [
-        _stack([_block(members, own, device, small) for own in blocks.values()], members)
+        _stack(
+            (_block(members, own, device, small) for own in blocks.values()), memory or {}, members
+        )
         for blocks in stacks.values()
     ]
 
@@ -238,13 +288,18 @@ def _block(
     return Block(positions, B, A, U, V)
 
 
-def _stack(blocks: list[Block], members: Sequence[Member]) -> Stack:
-    rows = [block.project() for block in blocks]
-    join = torch.stack if blocks[0].B.dim() == 2 else torch.cat
+def _stack(blocks: Iterable[Block], memory: Mapping[int, Pair], members: Sequence[Member]) -> Stack:
+    rows: list[Projection] = []
+    kept: list[Block] = []
+    for block in blocks:
+        rows.append(block.project())
+        into = memory.get(block.positions[0])
+        kept.append(block if into is None else block.with_parts_in(into, rows[-1]))
+    join = torch.stack if kept[0].B.dim() == 2 else torch.cat
     projection = Projection(*(join(parts) for parts in zip(*rows, strict=True)))
     squares = torch.cat([G.diagonal(dim1=-2, dim2=-1) for G in projection[2:]], dim=-1)
     finite = torch.isfinite(squares).all(-1)
-    stack = Stack(blocks, projection, squares_fit_float32(squares))
+    stack = Stack(kept, projection, squares_fit_float32(squares))
     if not bool(finite.all()):
         raise overflow(members[stack.positions[int(finite.int().argmin())]].name)
     return stack
@@ -253,7 +308,8 @@ def _stack(blocks: list[Block], members: Sequence[Member]) -> Stack:
 def _in_line(member: Member) -> bool:
     """Whether all its matrices are a whole number of cache lines, so that it may share a stack."""
     r, k = member.module.rank, member.U.shape[1]
-    return all(r * size % LINE == 0 for size in (member.U.shape[0], member.V.shape[0], r, k))
+    sizes = [r * size for size in (member.U.shape[0], member.V.shape[0], r, k)]
+    return all(size % LINE == 0 for size in (*sizes, k * k))  # realignment sums over k x k
 
 
 def _by_correction(members: Sequence[Member], stack: Stack) -> Iterator[tuple[Method, Stack]]:

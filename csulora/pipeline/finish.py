@@ -15,7 +15,7 @@ from csulora.files.peft_config import FILE, portable_config
 from csulora.files.peft_ranks import alpha_for_rank, check_alphas
 from csulora.method import in_float64
 from csulora.method.stages import Figures
-from csulora.pipeline.memory import Layout, allocate, balance, fits_float16, store
+from csulora.pipeline.memory import allocate, balance, fits_float16, store
 from csulora.pipeline.plan import Member, Plan, other_model
 from csulora.pipeline.solved import Pair, Solved
 from csulora.report import Report, module_reports, rank_warnings, totals
@@ -42,12 +42,11 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     careful = _solve_in_float64(plan, solved)
     report = _report(plan, solved)
     portable_rank = plan.portable_rank
-    memory = allocate({m.name: _layout(plan, m, portable_rank) for m in plan.members})
+    memory = solved.memory or allocate(plan)
     modules: dict[str, LoraModule] = {}
     for i in solved.order:
-        member = plan.members[i]
-        into = memory[member.name]
-        pair = _factors(member, i, solved, careful, None if plan.portable else into)
+        member, into = plan.members[i], memory[i]
+        pair = _factors(member, i, solved, careful, into if plan.only_rounds(member) else None)
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
     ordered = {name: modules[name] for name in plan.source.modules}
     new = replace(plan.source, modules=ordered, made=_made(plan, report))
@@ -119,12 +118,6 @@ def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pai
     if i in careful:
         return careful[i].factors(member.rank)
     return solved.factors(i, into)
-
-
-def _layout(plan: Plan, member: Member, portable_rank: int | None) -> Layout:
-    rank = portable_rank or member.rank
-    B, A = member.module.B, member.module.A
-    return Layout((B.shape[0], rank), (rank, A.shape[1]), *plan.dtypes(member))
 
 
 def _module(

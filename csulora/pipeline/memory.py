@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,47 +11,45 @@ from torch import Tensor
 
 from csulora.errors import CsuloraError
 from csulora.files.safetensors import is_finite
+from csulora.pipeline.plan import Plan
 
 HUGE_PAGE = 1 << 21
 
 
-class Layout(NamedTuple):
-    """Shapes and types of one module's two factors."""
+class _Wanted(NamedTuple):
+    """One factor's place in the buffer, in bytes."""
 
-    B: tuple[int, int]  # (d_out, r)
-    A: tuple[int, int]  # (r, d_in)
-    B_dtype: torch.dtype
-    A_dtype: torch.dtype
+    start: int
+    end: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
 
 
-def allocate(layouts: Mapping[str, Layout]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Uninitialised B and A of every module, on the CPU, as views of one buffer.
+def allocate(plan: Plan) -> list[tuple[Tensor, Tensor]]:
+    """Uninitialised memory for B and A of every member's result, on the CPU, as views of one buffer.
 
     One large buffer from NumPy, which asks the kernel to back it with huge pages: the first writes to
     small ones would cost as much time as the arithmetic. A lies before B and modules follow each
     other as they do in a safetensors file.
     """
-    spans: dict[str, tuple[int, int]] = {}
+    wanted: list[_Wanted] = []
     end = 0
-    for name, layout in layouts.items():
-        starts = []
-        for shape, dtype in ((layout.A, layout.A_dtype), (layout.B, layout.B_dtype)):
+    portable_rank = plan.portable_rank
+    for member in plan.members:
+        rank = portable_rank or member.rank
+        B, A = member.module.B, member.module.A
+        B_dtype, A_dtype = plan.dtypes(member)
+        for shape, dtype in (((rank, A.shape[1]), A_dtype), ((B.shape[0], rank), B_dtype)):
             start = -(-end // dtype.itemsize) * dtype.itemsize
             end = start + math.prod(shape) * dtype.itemsize
-            starts.append(start)
-        spans[name] = (starts[1], starts[0])
+            wanted.append(_Wanted(start, end, shape, dtype))
     memory = np.empty(end, dtype=np.uint8)
     memory[::HUGE_PAGE] = (
         0  # by one thread: several at once would wait for each other in the kernel
     )
     buffer = torch.from_numpy(memory)
-    return {
-        name: (
-            _view(buffer, start_B, layouts[name].B, layouts[name].B_dtype),
-            _view(buffer, start_A, layouts[name].A, layouts[name].A_dtype),
-        )
-        for name, (start_B, start_A) in spans.items()
-    }
+    views = [buffer[w.start : w.end].view(w.dtype).view(w.shape) for w in wanted]
+    return list(zip(views[1::2], views[::2], strict=True))
 
 
 def store(
@@ -93,8 +90,3 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     usable = (left > 0) & (right > 0)
     shift = torch.where(usable, (0.5 * (right / left).log2()).round(), torch.zeros_like(left))
     return B * torch.exp2(shift), A * torch.exp2(-shift)[:, None]
-
-
-def _view(buffer: Tensor, start: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    return buffer[start : start + size].view(dtype).view(shape)

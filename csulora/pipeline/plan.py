@@ -133,6 +133,10 @@ class Plan(NamedTuple):
         read = member.module.B.dtype, member.module.A.dtype
         return limits(member.correction, read=read, written=self.dtypes(member))
 
+    def only_rounds(self, member: Member) -> bool:
+        """Whether new factors are as computed but for their type: neither scaled nor balanced."""
+        return not self.portable and torch.float16 not in self.dtypes(member)
+
     def dtypes(self, member: Member) -> tuple[torch.dtype, torch.dtype]:
         """Types of a member's new B and A."""
         return self.dtype or member.module.B.dtype, self.dtype or member.module.A.dtype

@@ -26,6 +26,8 @@ class Solved(NamedTuple):
     factors: Callable[[int, Pair | None], Pair]
     order: Sequence[int]  # of the members, in which their factors are best asked for
     notes: tuple[str, ...] = ()  # warnings for the report
+    # For the new factors, of `allocate`, where the backend had to have it for what it wrote already.
+    memory: Sequence[Pair] | None = None
 
 
 class Gathered(NamedTuple):
