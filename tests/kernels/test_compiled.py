@@ -37,7 +37,7 @@ KNOWN_SPILLS = {
     (90, "solve", "float32", 16): 8,
     (80, "realign", "float32", 16): 8,
     (90, "realign", "float32", 16): 8,
-    (90, "recompose", "float32", 16): 16,
+    (90, "recompose", "float32", 16): 20,
     (80, "project", "float32", 128): 400,
     (100, "recompose", "bfloat16", 32): 16,
     (100, "solve", "float32", 32): 8,
