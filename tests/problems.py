@@ -2,6 +2,7 @@
 
 import oracle
 import torch
+from builders import orthonormal
 from hypothesis import settings
 
 from csulora import Correction, LoraAdapter, LoraModule, ModuleSubspace, Origin, SafetySubspace
@@ -55,6 +56,31 @@ def several(dtype=torch.float32, seed=0, size=20.0, inside=1.0, scaling=2.0):
     config["rank_pattern"] = {"layers.1.mlp.up_proj": 3}
     config["alpha_pattern"] = {"layers.1.mlp.up_proj": scaling * 3}
     return LoraAdapter(modules, config), SafetySubspace(bases, Origin("base", "aligned", "", "", 0))
+
+
+def subspace_of(shapes):
+    """The subspace of modules {name: (d_out, d_in, k)}."""
+    modules = {
+        name: ModuleSubspace(
+            orthonormal(d_out, k, 1).float().contiguous(),
+            torch.linspace(2, 1, k),
+            orthonormal(d_in, k, 2).float().contiguous(),
+            0.2,
+        )
+        for name, (d_out, d_in, k) in shapes.items()
+    }
+    return SafetySubspace(modules, Origin("base", "aligned", "0", "1", 0))
+
+
+def adapter_of(shapes, seed, names, r, dtype):
+    """A random adapter of some of these modules."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name in names:
+        d_out, d_in, _ = shapes[name]
+        A, B = (torch.randn(s, generator=generator) for s in ((r, d_in), (d_out, r)))
+        modules[name] = LoraModule(A.to(dtype), B.to(dtype), alpha=2 * r, scaling=2.0)
+    return LoraAdapter(modules, {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r})
 
 
 def update(module):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from builders import orthonormal
+from problems import adapter_of, subspace_of
 
 from csulora import (
     Correction,
     CsuloraError,
-    LoraAdapter,
-    LoraModule,
-    ModuleSubspace,
-    Origin,
     Realignment,
-    SafetySubspace,
     correct_batch,
 )
 from csulora.pipeline import by_triton
@@ -35,32 +31,12 @@ OWN = Correction(1, 2, 3, math.inf, strength_for={"a": 3.0})
 SHIFT, SHIFT_EXACT = Realignment(edge=False), Realignment(edge=False, form="exact")
 
 
-def made_subspace():
-    modules = {
-        name: ModuleSubspace(
-            orthonormal(d_out, k, 1).float().contiguous(),
-            torch.linspace(2, 1, k),
-            orthonormal(d_in, k, 2).float().contiguous(),
-            0.2,
-        )
-        for name, (d_out, d_in, k) in SHAPES.items()
-    }
-    return SafetySubspace(modules, Origin("base", "aligned", "0", "1", 0))
-
-
 @pytest.fixture(scope="module")
 def subspace():
-    return made_subspace()
+    return subspace_of(SHAPES)
 
 
-def lora(seed, names, r, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for name in names:
-        d_out, d_in, _ = SHAPES[name]
-        A, B = (torch.randn(s, generator=generator).to(dtype) for s in ((r, d_in), (d_out, r)))
-        modules[name] = LoraModule(A, B, alpha=2 * r, scaling=2.0)
-    return LoraAdapter(modules, {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r})
+lora = partial(adapter_of, SHAPES)
 
 
 def company(dtype):

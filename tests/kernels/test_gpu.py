@@ -13,6 +13,7 @@ import shifted
 import test_company
 import torch
 from cases import CASES, SLOW
+from problems import subspace_of
 
 import csulora_kernels as kernels
 from csulora import Realignment
@@ -57,7 +58,7 @@ def test_realignment_at_real_sizes(form):
 @pytest.mark.parametrize("dtype", cases.TYPES, ids=str)
 @pytest.mark.parametrize("method", ["EXACT", "SAME", "OWN", "SHIFT", "SHIFT_EXACT"])
 def test_alone_or_in_company_is_the_same_on_the_gpu(method, dtype):
-    subspace, settings = test_company.made_subspace(), getattr(test_company, method)
+    subspace, settings = subspace_of(test_company.SHAPES), getattr(test_company, method)
     known = test_company.company(dtype)
     together = test_company.corrected(known, subspace, settings, "cuda")
     for name, one in known.items():

@@ -4,17 +4,14 @@ import math
 
 import pytest
 import torch
-from builders import orthonormal
+from problems import subspace_of
 
 from csulora import (
     Correction,
     CsuloraError,
     LoraAdapter,
     LoraModule,
-    ModuleSubspace,
-    Origin,
     Realignment,
-    SafetySubspace,
     correct,
 )
 from csulora.correction import correct_batch
@@ -46,20 +43,7 @@ def every_adapter_is_large(monkeypatch):
     monkeypatch.setattr(by_torch, "TOGETHER", 0)
 
 
-def _subspace():
-    modules = {
-        name: ModuleSubspace(
-            orthonormal(d_out, k, 1).float().contiguous(),
-            torch.linspace(2, 1, k),
-            orthonormal(d_in, k, 2).float().contiguous(),
-            0.2,
-        )
-        for name, (d_out, d_in, k) in SHAPES.items()
-    }
-    return SafetySubspace(modules, Origin("base", "aligned", "0", "1", 0))
-
-
-SUBSPACE = _subspace()
+SUBSPACE = subspace_of(SHAPES)
 
 
 def _adapter(types="float32", seed=0):

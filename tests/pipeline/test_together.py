@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from builders import orthonormal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from problems import adapter_of, subspace_of
 
 from csulora import (
     Correction,
     CsuloraError,
-    LoraAdapter,
-    LoraModule,
-    ModuleSubspace,
-    Origin,
     Realignment,
-    SafetySubspace,
     correct,
 )
 from csulora.correction import correct_batch
@@ -43,30 +39,8 @@ METHODS = (
 )
 
 
-def _subspace() -> SafetySubspace:
-    modules = {
-        name: ModuleSubspace(
-            orthonormal(d_out, k, 1).float().contiguous(),
-            torch.linspace(2, 1, k),
-            orthonormal(d_in, k, 2).float().contiguous(),
-            0.2,
-        )
-        for name, (d_out, d_in, k) in SHAPES.items()
-    }
-    return SafetySubspace(modules, Origin("base", "aligned", "0", "1", 0))
-
-
-SUBSPACE = _subspace()
-
-
-def _adapter(seed: int, names: str, r: int, dtype: torch.dtype) -> LoraAdapter:
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for name in names:
-        d_out, d_in, _ = SHAPES[name]
-        A, B = (torch.randn(s, generator=generator) for s in ((r, d_in), (d_out, r)))
-        modules[name] = LoraModule(A.to(dtype), B.to(dtype), alpha=2 * r, scaling=2.0)
-    return LoraAdapter(modules, {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r})
+SUBSPACE = subspace_of(SHAPES)
+_adapter = partial(adapter_of, SHAPES)
 
 
 ADAPTERS = st.builds(
