@@ -93,8 +93,8 @@ class Stack(NamedTuple):
 class Part:
     """A block that has been solved."""
 
-    def __init__(self, block: Block, projection: Projection, found: Cores | Shift) -> None:
-        self._block, self._projection, self._found = block, projection, found
+    def __init__(self, block: Block, projection: Projection, cores: Cores | Shift) -> None:
+        self._block, self._projection, self._cores = block, projection, cores
         self.positions = block.positions
         self._made: Pair | None = None
 
@@ -120,10 +120,10 @@ class Part:
 
     def _recompose(self, out: Pair | None) -> Pair:
         _, B, A, U, V, split = self._block
-        if isinstance(self._found, Shift):
-            return realign.recompose(B, A, U, V, self._found, out)
+        if isinstance(self._cores, Shift):
+            return realign.recompose(B, A, U, V, self._cores, out)
         assert out is not None or not split  # what was written early is asked for from there
-        return stages.recompose(B, A, U, V, self._projection, self._found, out, split=split)
+        return stages.recompose(B, A, U, V, self._projection, self._cores, out, split=split)
 
 
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
@@ -165,11 +165,11 @@ def _size(members: Sequence[Member]) -> int:
 
 def _solve_group(plans: Sequence[Plan], device: torch.device) -> list[Solved]:
     members = [plan.members for plan in plans]
-    if len(plans) > 1 or _size(plans[0].members) <= TOGETHER:
+    if len(plans) > 1 or _size(plans[0].members) <= TOGETHER or device.type != "cpu":
         return solve_stacks(plans, project_members(members, device))
     memory = allocate(plans[0])
     early = {i: memory[i] for i, member in enumerate(plans[0].members) if _splits(plans[0], member)}
-    stacks = project_members(members, device, early if device.type == "cpu" else None)
+    stacks = project_members(members, device, early)
     return [solved._replace(memory=memory) for solved in solve_stacks(plans, stacks)]
 
 

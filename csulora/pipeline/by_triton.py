@@ -1,7 +1,7 @@
 """The Triton backend: the modules of many adapters that share a subspace, solved in three launches.
 
 What is solved together is a matter of timing, so no bit of a result may depend on it. Adapters share a
-table only where each would run the same compiled kernels alone (`_Kind`), the tiles are `steady`, and
+table only where each would run the same compiled kernels alone (`_Variant`), the tiles are `steady`, and
 what follows the launches in PyTorch, whose batched products may differ with the size of a batch, takes
 one adapter at a time.
 """
@@ -37,7 +37,7 @@ Members = dict[int, Member]  # of one plan, by their position in it
 VECTOR = 8
 
 
-class _Kind(NamedTuple):
+class _Variant(NamedTuple):
     """What decides which kernels run, and all that they are compiled for."""
 
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class _Kind(NamedTuple):
     vectors: tuple[int, ...]  # what divides all ranks, those of the results and the sides
 
     @classmethod
-    def of(cls, members: Iterable[Member], dtype: torch.dtype, correction: Method) -> _Kind:
+    def of(cls, members: Iterable[Member], dtype: torch.dtype, correction: Method) -> _Variant:
         """That of the members of one plan which have this correction."""
         ranks, new_ranks, directions, sides = zip(
             *((m.module.rank, m.rank, m.U.shape[1], math.gcd(len(m.U), len(m.V))) for m in members),
@@ -65,31 +65,31 @@ class _Kind(NamedTuple):
 def solve(plans: Sequence[Plan], device: torch.device) -> Iterator[Solved | CsuloraError]:
     """The solution of each plan, in order, or in its place the error that stopped it.
 
-    All plans are of one subspace. Modules of one kind go together. What the kernels do not take, adapters
-    with ranks above 128 and such without modules, PyTorch solves.
+    All plans are of one subspace. Modules of one variant go together. What the kernels do not take,
+    adapters with ranks above 128 and such without modules, PyTorch solves.
     """
-    launches: dict[_Kind, dict[int, Members]] = {}
+    launches: dict[_Variant, dict[int, Members]] = {}
     for p, plan in enumerate(plans):
         if _widest(plan) <= kernels.MAX_RANK:
-            for kind, members in _kinds(plan):
-                launches.setdefault(kind, {})[p] = members
+            for variant, members in _variants(plan):
+                launches.setdefault(variant, {})[p] = members
     parts: dict[int, list[_Part]] = {}
-    for kind, rows in launches.items():
-        found = _launch(list(rows.values()), plans[0].subspace, kind, device)
+    for variant, rows in launches.items():
+        found = _launch(list(rows.values()), plans[0].subspace, variant, device)
         for p, part in zip(rows, found, strict=True):
             parts.setdefault(p, []).append(part)
     for p, plan in enumerate(plans):
         yield _joined(plan, parts.pop(p)) if p in parts else _by_torch(plan, device)
 
 
-def _kinds(plan: Plan) -> Iterator[tuple[_Kind, Members]]:
+def _variants(plan: Plan) -> Iterator[tuple[_Variant, Members]]:
     """A plan's members by their correction, nearly always one for all."""
     groups: dict[Method, Members] = {}
     for i, member in enumerate(plan.members):
         groups.setdefault(member.correction, {})[i] = member
     dtype = _working_type(plan)
     for correction, members in groups.items():
-        yield _Kind.of(members.values(), dtype, correction), members
+        yield _Variant.of(members.values(), dtype, correction), members
 
 
 class _Part(NamedTuple):
@@ -106,13 +106,13 @@ class _Part(NamedTuple):
 
 
 def _launch(
-    rows: Sequence[Members], subspace: SafetySubspace, kind: _Kind, device: torch.device
+    rows: Sequence[Members], subspace: SafetySubspace, variant: _Variant, device: torch.device
 ) -> list[_Part]:
     """Project, solve and recompose members of several plans, one row of a table each.
 
-    Computes from and to factors of the kind's type (float32 or bfloat16), to which all are converted.
+    Computes from and to factors of the variant's type (float32 or bfloat16), to which all are converted.
     """
-    dtype, correction = kind.dtype, kind.correction
+    dtype, correction = variant.dtype, variant.correction
     wanted = {_key(m): (m.target, m.transposed) for members in rows for m in members.values()}
     basis = _whole_basis(subspace, device).take(wanted)
     factors = [
