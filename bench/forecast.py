@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from chain import cycles
 from launches import ready as call_of
 from launches import stand_in
-from roofline import stage_bytes, stage_flops, stage_l2_bytes
+from roofline import items, stage_bytes, stage_flops, stage_l2_bytes
 from sass import Code, compile_code
 from workloads import FORMS, Workload
 
@@ -96,20 +97,23 @@ def forecast(work: Workload, gpu: Gpu) -> list[Forecast]:
 
 def issued(work: Workload, tiles: Tiles, stage: str, code: Code) -> float:
     """Instructions that all warps of a launch issue: turns of the loops, in their order."""
+    turns: Counter[tuple[int, int]] = (
+        Counter()
+    )  # by the body of the kernel, in the order of its code
     if stage == "project":
-        rows = plan.project_work(work.shapes, work.adapters, tiles)
-        block, bodies = tiles.project.block_d, rows[:, 0]
+        block = tiles.project.block_d
+        rows = plan.project_work(work.shapes, work.adapters, tiles).tolist()
+        programs = [(0, item) for item in map(plan.ProjectItem._make, rows)]
     else:
-        rows = plan.recompose_work(work.shapes, work.adapters, tiles, work.kind)
-        # Those of B before those of A, and wide sides before the others.
-        block, bodies = tiles.recompose.block_d, rows[:, 0] + 2 * (1 - rows[:, 1])
-    turns = (rows[:, -1] - rows[:, -2] + block - 1) // block
-    kinds = sorted(set(bodies.tolist()))
+        block = tiles.recompose.block_d
+        programs = [(1 - item.wide, item) for item in items(work, tiles)]  # wide sides come first
+    for narrow, item in programs:
+        turns[narrow, item.side] += -(-(item.d_to - item.d_from) // block)
     # A side that is copied has no loop with a product: a turn of it counts as one of the other side.
-    loops = (*code.loops[-len(kinds) :], code.loops[-1])
-    looped = sum(int(turns[bodies == body].sum()) * loops[i] for i, body in enumerate(kinds))
+    loops = (*code.loops[-len(turns) :], code.loops[-1])
+    looped = sum(turns[body] * loops[i] for i, body in enumerate(sorted(turns)))
     # A program runs the code of one body besides.
-    return code.warps * (looped + len(rows) * code.outside / len(kinds))
+    return code.warps * (looped + len(programs) * code.outside / len(turns))
 
 
 @cache

@@ -12,10 +12,12 @@ from workloads import Workload
 from csulora_kernels import Tiles
 from csulora_kernels.plan import (
     RecomposeItem,
+    product_rows,
     project_groups,
     recompose_group,
     recompose_strips,
     recompose_work,
+    strip_group,
 )
 
 
@@ -63,7 +65,7 @@ def stage_l2_bytes(work: Workload, tiles: Tiles) -> dict[str, int]:
             again += 4 * k * (item.d_to - item.d_from)
         if item.d_from:
             width = recompose_group(tiles, work.kind, item.wide)
-            rows = R if item.wide else work.kind.halves * R
+            rows = product_rows(tiles, work.kind, item.wide)
             cores = 0 if item.wide or work.kind.method == "realign" else rows * R
             again += 4 * min(width, N - item.group * width) * (tiles.K * rows + cores)
     return {**counted, "project": project, "recompose": counted["recompose"] + again}
@@ -81,8 +83,8 @@ def stage_flops(work: Workload, tiles: Tiles) -> dict[str, int]:
     strips = recompose_strips(tiles, work.kind)
     recompose = 0
     for item in items(work, tiles):
-        width = recompose_group(tiles, work.kind, item.wide) // strips * R
-        rows = width if item.wide else work.kind.halves * width
+        group = strip_group(tiles, work.kind, item.wide)
+        width, rows = group * R, group * product_rows(tiles, work.kind, item.wide)
         if work.kind.method == "realign":
             each = split * K * rows if item.side else 0
         else:

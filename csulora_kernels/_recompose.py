@@ -23,11 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csulora_kernels import plan
 from csulora_kernels._dots import full_product, product, rounded_parts, times_factor
 from csulora_kernels._extend import append_basis, basis_tile, extend_B
 from csulora_kernels._strip import (
     CORES,
-    EXTENDED,
     PARTS,
     S_BLOCK_D,
     S_BLOCK_K,
@@ -36,7 +36,6 @@ from csulora_kernels._strip import (
     S_K,
     S_ROWS,
     S_VEC_D,
-    SHIFTED,
     coordinates,
     cores,
     factor_tile,
@@ -47,8 +46,9 @@ from csulora_kernels._strip import (
 )
 from csulora_kernels._tables import recompose_item, side_of
 
-# Both sides of a result: of `exact` the wide one is PARTS, the other CORES; else a kind of one side, for both.
-EXACT = tl.constexpr(4)
+SHIFTED = tl.constexpr(plan.SHIFTED)
+EXTENDED = tl.constexpr(plan.EXTENDED)
+EXACT = tl.constexpr(plan.EXACT)
 
 
 @triton.jit(do_not_specialize=["n_adapters", "n_modules"])

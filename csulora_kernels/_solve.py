@@ -165,6 +165,7 @@ def solve_kernel(
                 p_s, p, p_Pe, p_Qe, (p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z), e, K, R, T
             )
         else:
+            # On A where B is the wide side, as `Shape.wide_side` has it.
             d_out, _, _ = side_of(p_modules, e % n_modules, 0, 1)
             d_in, _, _ = side_of(p_modules, e % n_modules, 1, 1)
             _write_exact(p_s, d_out >= d_in, p_Pe, p_Qe, (p_Y_in, p_Y_out, p_Z), e, K, R, T)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csulora_kernels import plan
 from csulora_kernels._dots import rounded_parts
 from csulora_kernels._tables import place_of, rank_of
 
@@ -23,11 +24,8 @@ S_BLOCK_D = tl.constexpr(6)
 S_VEC_R = tl.constexpr(7)
 S_VEC_D = tl.constexpr(8)
 
-# What a side of a result is made of, as _recompose.py says.
-PARTS = tl.constexpr(0)
-CORES = tl.constexpr(1)
-SHIFTED = tl.constexpr(2)
-EXTENDED = tl.constexpr(3)
+PARTS = tl.constexpr(plan.PARTS)
+CORES = tl.constexpr(plan.CORES)
 
 
 @triton.constexpr_function

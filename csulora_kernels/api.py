@@ -290,12 +290,11 @@ def _recompose_launcher(table: Table, out: Table, ws: Workspace) -> Launcher:
     )
 
 
-# As _recompose.py and _strip.py number them.
 KINDS = {
-    ("csulora", "exact"): 4,
-    ("csulora", "same"): 1,
-    ("realign", "same"): 2,
-    ("realign", "exact"): 3,
+    Kind("csulora", "exact"): plan.EXACT,
+    Kind("csulora", "same"): plan.CORES,
+    Kind("realign", "same"): plan.SHIFTED,
+    Kind("realign", "exact"): plan.EXTENDED,
 }
 
 

@@ -16,6 +16,9 @@ from csulora_kernels.layout import Shape
 from csulora_kernels.settings import Kind
 from csulora_kernels.tiles import Tiles
 
+# What both sides of a result are made of, as _recompose.py says; of EXACT the wide one is PARTS, the other CORES.
+PARTS, CORES, SHIFTED, EXTENDED, EXACT = range(5)
+
 
 class ProjectItem(NamedTuple):
     """One program of project."""
@@ -80,9 +83,19 @@ def recompose_work(shapes: tuple[Shape, ...], adapters: int, tiles: Tiles, kind:
 
 
 def recompose_group(tiles: Tiles, kind: Kind, wide: int) -> int:
-    """Adapters of one program of recompose: its strips, and in each as many as `group_of` in _strip.py has."""
-    rows = (1 if wide else kind.halves) * tiles.R
-    return recompose_strips(tiles, kind) * min(tiles.group, max(1, tiles.recompose.rows // rows))
+    """Adapters of one program of recompose."""
+    return recompose_strips(tiles, kind) * strip_group(tiles, kind, wide)
+
+
+def strip_group(tiles: Tiles, kind: Kind, wide: int) -> int:
+    """Adapters of one of its strips, as `group_of` in _strip.py has it."""
+    rows = product_rows(tiles, kind, wide)
+    return min(tiles.group, max(1, tiles.recompose.rows // rows))
+
+
+def product_rows(tiles: Tiles, kind: Kind, wide: int) -> int:
+    """Rows of one adapter in the products of recompose."""
+    return tiles.R if wide else kind.halves * tiles.R
 
 
 def recompose_strips(tiles: Tiles, kind: Kind) -> int:

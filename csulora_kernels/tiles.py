@@ -133,22 +133,23 @@ def choose(
         if held and dtype != torch.float32:
             recompose = replace(recompose, strips=2)
 
+    blocks = K // project.block_k
+
     # Long stretches mean few partial sums, but the chip needs several programs a processor.
-    def stretch(longest: int, strips: int, blocks: int, enough: int) -> int:
+    def stretch(longest: int, strips: int, enough: int) -> int:
         groups = -(-adapters // (group * strips)) * blocks
         while longest > 512 and groups * sum(-(-d // longest) for d in lengths) < enough:
             longest //= 2
         return longest
 
-    blocks = K // project.block_k
     enough = 0 if steady else 8 * processors
     return Tiles(
         R,
         K,
         group,
-        replace(project, split_length=stretch(16384, project.strips, blocks, enough)),
+        replace(project, split_length=stretch(project.split_length, project.strips, enough)),
         _solve(R, adapters * len(shapes), capability, processors),
-        replace(recompose, length=stretch(4096, recompose.strips, blocks, 16 * processors)),
+        replace(recompose, length=stretch(recompose.length, recompose.strips, 16 * processors)),
     )
 
 

@@ -18,13 +18,12 @@ import torch
 from csulora_kernels import displacement, plan
 from csulora_kernels.api import KINDS
 from csulora_kernels.layout import Shape
-from csulora_kernels.settings import GRANULARITIES, Kind
+from csulora_kernels.settings import GRANULARITIES
 from csulora_kernels.tiles import REALIGN_MATRICES, choose
 
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-SHIFTED, EXTENDED = (KINDS["realign", form] for form in ("same", "exact"))
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
@@ -72,7 +71,7 @@ def configurations(arch, dtype, r, k, adapters):
             **vectors,
             "kernel": "recompose",
             "GROUP": tiles.group,
-            "STRIPS": plan.recompose_strips(tiles, Kind(*kind)),
+            "STRIPS": plan.recompose_strips(tiles, kind),
             "BLOCK_J": tiles.recompose.rows,
             "BLOCK_K": tiles.recompose.block_k,
             "BLOCK_D": tiles.recompose.block_d,
@@ -141,7 +140,7 @@ def representative():
 
 
 def _realigns(c):
-    return c["kernel"] == "realign" or c.get("KIND") in (SHIFTED, EXTENDED)
+    return c["kernel"] == "realign" or c.get("KIND") in (plan.SHIFTED, plan.EXTENDED)
 
 
 def everything():
