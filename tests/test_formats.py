@@ -1,5 +1,6 @@
 """Bytes and keys of what csulora writes, and the names it promises."""
 
+import ast
 import hashlib
 import inspect
 import json
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import builders
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -104,6 +106,23 @@ def test_public_names():
         "verify",
     ]
     assert all(hasattr(csulora, name) for name in csulora.__all__)
+    assert set(csulora.__all__) <= set(dir(csulora))
+    with pytest.raises(AttributeError, match="module 'csulora' has no attribute 'estimates'"):
+        csulora.estimates  # noqa: B018
+
+
+def test_type_checkers_see_what_is_imported_later():
+    [block] = [
+        node
+        for node in ast.parse(inspect.getsource(csulora)).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    seen = {
+        alias.name: f"csulora.{alias.name}" if node.module == "csulora" else node.module
+        for node in block.body
+        for alias in node.names
+    }
+    assert seen == csulora._LATER
     assert str(inspect.signature(csulora.Correction)).startswith(
         "(lambda_aligned: 'float' = 0.0, lambda_left: 'float' = 10.0, "
         "lambda_right: 'float' = 10.0, lambda_off: 'float' = 10.0, granularity: "
@@ -154,7 +173,7 @@ start = time.process_time()
 import csulora
 print(time.process_time() - start)
 heavy = {"triton", "transformers", "peft", "matplotlib", "huggingface_hub", "rich", "ray"}
-print(sorted(heavy & set(sys.modules)))
+print(sorted((heavy | set(csulora._LATER.values())) & set(sys.modules)))
 """
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
