@@ -27,7 +27,7 @@ def compile_code(compilation: tuple[Any, ...], capability: int) -> Code:
 
     function, signature, constants, attributes, options = compilation
     source = ASTSource(function, signature, constants, attributes)
-    kept = ("num_warps", "num_stages", "maxnreg")
+    kept = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={k: options[k] for k in kept})
     sass = disassembled(compiled.asm["cubin"])

@@ -41,6 +41,7 @@ class Launcher:
             "num_warps": warps,
             "num_stages": stages,
             "maxnreg": registers,
+            "enable_fp_fusion": True,  # the default of Triton before 3.10
         }
         # As a compiled kernel takes them: by position, behind the other arguments.
         self._constants = tuple(constants[n] for n in kernel.arg_names if n in constants)

@@ -67,6 +67,7 @@ def facts(configuration: dict[str, Any]) -> dict[str, Any]:
     source = ASTSource(fn=fn, signature=signature, constexprs=given, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
