@@ -40,8 +40,8 @@ def append_basis(
             b_w = basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K)
             for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
                 e = (i * n_modules + i_module).to(tl.int64)
-                r = rank_of(p_entries, e, True, 1, 1)
-                o_A = place_of(p_out_entries, e, True, 1, VEC_D)
+                r = rank_of(p_entries, e, None, 1, 1)
+                o_A = place_of(p_out_entries, e, None, 1, VEC_D)
                 o_row = tl.multiple_of(o_A + (r + b_k) * length, VEC_D)
                 tl.store(
                     p_out + (o_row[:, None] + b_d[None, :]),
@@ -78,8 +78,8 @@ def extend_B(
             b_w = tl.trans(basis_tile(p_w, b_d, m_d, k_from, length, k, BLOCK_K))
             for i in range(i_group * GROUP, tl.minimum(i_group * GROUP + GROUP, n_adapters)):
                 e = (i * n_modules + i_module).to(tl.int64)
-                r = rank_of(p_entries, e, True, VEC_R, 1)
-                o_B = place_of(p_out_entries, e, True, 0, VEC_R)
+                r = rank_of(p_entries, e, None, VEC_R, 1)
+                o_B = place_of(p_out_entries, e, None, 0, VEC_R)
                 stride = tl.multiple_of(r + k, VEC_R)
                 o_row = o_B + b_d[:, None].to(tl.int64) * stride
                 b_c = tl.load(p_c + e * K + b_k)
@@ -90,7 +90,7 @@ def extend_B(
                     & tl.max_constancy(b_k < tl.where(r > 0, k, 0), VEC_R)[None, :],
                 )
                 if k_from == 0:
-                    o_old = place_of(p_entries, e, True, 0, VEC_R)
+                    o_old = place_of(p_entries, e, None, 0, VEC_R)
                     m_old = m_d[:, None] & tl.max_constancy(b_r < r, VEC_R)[None, :]
                     b_B = tl.load(
                         p_data + (o_old + b_d[:, None].to(tl.int64) * r + b_r[None, :]), mask=m_old

@@ -47,13 +47,18 @@ def side_of(p_modules, i_module, SIDE: tl.constexpr, VEC_D: tl.constexpr):
     return length, k, tl.multiple_of(tl.load(p + O_BASIS + SIDE), 4)
 
 
-# Hints are given where a value is loaded, as one on what a function returned is lost.
+# Hints are given where a value is loaded, as one on what a function returned is lost. So it is, by Triton 3.9, on a
+# load whose mask is always true: where all entries are wanted, m_e is None.
 
 
 @triton.jit
 def rank_of(p_entries, e, m_e, VEC: tl.constexpr, SAME: tl.constexpr):
     """Ranks of the entries e, 0 where they are masked out: multiples of VEC, the same for SAME neighbours."""
-    r = tl.multiple_of(tl.load(p_entries + e * ENTRY_FIELDS + RANK, mask=m_e, other=0), VEC)
+    p = p_entries + e * ENTRY_FIELDS + RANK
+    if m_e is None:
+        r = tl.multiple_of(tl.load(p), VEC)
+    else:
+        r = tl.multiple_of(tl.load(p, mask=m_e, other=0), VEC)
     if SAME > 1:
         r = tl.max_constancy(r, SAME)
     return r
@@ -63,4 +68,8 @@ def rank_of(p_entries, e, m_e, VEC: tl.constexpr, SAME: tl.constexpr):
 def place_of(p_entries, e, m_e, SIDE: tl.constexpr, VEC: tl.constexpr):
     """Places of B or A of the entries e, multiples of VEC."""
     p = p_entries + e * ENTRY_FIELDS + O_FACTOR + SIDE
-    return tl.multiple_of(tl.load(p, mask=m_e, other=0), VEC)
+    if m_e is None:
+        place = tl.multiple_of(tl.load(p), VEC)
+    else:
+        place = tl.multiple_of(tl.load(p, mask=m_e, other=0), VEC)
+    return place
