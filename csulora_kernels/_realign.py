@@ -25,9 +25,9 @@ from csulora_kernels._smallmat import (
     tile,
     tile_count,
 )
-from csulora_kernels._solve import LARGEST
 from csulora_kernels.tiles import DIRECTIONS, REALIGN_MATRICES
 
+LARGEST = tl.constexpr(3.0e38)  # a strength is a float32 argument: anything beyond is infinity
 SMALLEST_PIVOT = tl.constexpr(1e-5)  # of B's correlations, as the reference has it
 SMALLEST_NORMAL = tl.constexpr(2.0**-1022)
 STEP = tl.constexpr(DIRECTIONS)  # K is a multiple of it

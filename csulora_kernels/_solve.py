@@ -12,7 +12,7 @@ needs no pivoting; so it is with a factor M M^T = G_A,
 The Gram matrices outside the subspace, and factors of them, come from pivoted Cholesky factorizations that stop
 at the noise of the float32 difference G - G_in: the difference is thereby
 positive semidefinite, whatever lambda multiplies it. They serve all cores but that of the aligned part, which
-is the identity for its usual strength 0. An infinite lambda is K = 0.
+is the identity for its usual strength 0. From REMOVES on K = 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csulora_kernels import tiles
+from csulora_kernels import settings, tiles
 from csulora_kernels._smallmat import (
     block_energies,
     copy,
@@ -43,8 +43,8 @@ from csulora_kernels._tables import side_of
 # Noise of a float32 Gram matrix relative to its diagonal, and of the float64 ones formed here.
 NOISE_SINGLE = tl.constexpr(2.0**-21)
 NOISE_DOUBLE = tl.constexpr(2.0**-44)
-# Lambdas are float32 arguments; anything beyond is infinity.
-LARGEST = tl.constexpr(3.0e38)
+REMOVES = tl.constexpr(settings.REMOVES)
+UNPINNED = tl.constexpr(settings.UNPINNED)
 # The alternating fit of `same`, as the reference has it, but each module stops for itself.
 FIT_STALL = tl.constexpr(1e-4)
 FIT_MAX_STEPS = tl.constexpr(16)
@@ -84,7 +84,7 @@ def solve_kernel(
     p_scratch,  # (programs, EXACT_MATRICES or SAME_MATRICES, R, R) float64
     n_entries,
     n_modules,
-    lambda_aligned,
+    lambda_aligned,  # at most REMOVES, as the others
     lambda_left,
     lambda_right,
     lambda_off,
@@ -102,6 +102,10 @@ def solve_kernel(
     left = slot(WORK)
     right = slot(WORK) + 1
     scaled_identity(p_s, slot(IDENTITY), one, R, T)
+    # Of `same`, with the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q. Where neither block that could
+    # be pinned is left, the larger of the others.
+    p = tl.where(lambda_aligned <= lambda_off, 0, 1)
+    unpinned = tl.minimum(lambda_aligned, lambda_off) >= UNPINNED
     first = tl.program_id(0)
     for step in range(0, n_entries - first, tl.num_programs(0)):
         e = (first + step).to(tl.int64)
@@ -125,7 +129,7 @@ def solve_kernel(
             strength = _of_block(block, lambda_aligned, lambda_left, lambda_right, lambda_off)
             strength = strength.to(tl.float64)
             core = slot(CORES) + block
-            if strength > LARGEST:
+            if strength == REMOVES:
                 scaled_identity(p_s, core, zero, R, T)
             elif GRANULARITY == "component":
                 scaled_identity(p_s, core, 1.0 / (1.0 + strength * share), R, T)
@@ -135,11 +139,12 @@ def solve_kernel(
                     scaled_identity(p_s, core, one, R, T)
                 else:
                     _direction_core(p_s, core, block, strength * inverse_energy, R, T)
-        # With the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q.
-        p = 0
+        fo_larger = unpinned
         if SAME:
-            p = tl.where(lambda_aligned <= lambda_off, 0, 1)
-            _fit(p_s, p, R, T)
+            if unpinned:
+                fo_larger = _larger_partial(p_s, R, T)
+            else:
+                _fit(p_s, p, R, T)
         change = tl.full([], 0.0, tl.float64)
         misfit = tl.full([], 0.0, tl.float64)
         exact = tl.full([], 0.0, tl.float64)
@@ -161,8 +166,9 @@ def solve_kernel(
         tl.store(p_change + e, tl.sqrt(tl.maximum(change * inverse_energy, 0.0)))
         tl.store(p_error + e, tl.sqrt(tl.maximum(misfit, 0.0) / tl.where(exact > 0, exact, 1.0)))
         if SAME:
+            found = _same_cores(p, unpinned, fo_larger)
             _write_same(
-                p_s, p, p_Pe, p_Qe, (p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z), e, K, R, T
+                p_s, found, p_Pe, p_Qe, (p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z), e, K, R, T
             )
         else:
             # On A where B is the wide side, as `Shape.wide_side` has it.
@@ -297,17 +303,49 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
     multiply(p_s, slot(RESULT) + 3 * q, K_B, K_A, one, R, T)
 
 
+@triton.jit(noinline=True)
+def _larger_partial(p_s, R: tl.constexpr, T: tl.constexpr):
+    """RESULT: of the two partial blocks that of more energy, which has rank r by itself. Whether that is fo."""
+    left = slot(WORK)
+    right = slot(WORK) + 1
+    nothing = tl.full([], 0.0, tl.float64)
+    one = nothing + 1.0
+    excess = nothing  # of fo over of
+    for block in range(4):
+        scaled_identity(p_s, slot(RESULT) + block, nothing, R, T)
+        if (block == 1) | (block == 2):
+            k = slot(CORES) + block
+            multiply(p_s, left, slot(GRAMS) + block // 2, k, one, R, T)
+            multiply(p_s, right, k, slot(GRAMS) + 2 + block % 2, one, R, T)
+            excess += (3 - 2 * block) * inner(p_s, left, right, R, T)
+    fo_larger = excess >= 0
+    larger = tl.where(fo_larger, 1, 2)
+    copy(p_s, slot(RESULT) + larger, slot(CORES) + larger, R, T)
+    return fo_larger
+
+
 @triton.jit
-def _write_same(p_s, p, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
-    """The cores in float32, and their products with the coordinates that recompose multiplies."""
-    RR: tl.constexpr = R * R
-    p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z = out
+def _same_cores(p, unpinned, fo_larger):
+    """Where X_in, X_out, Y_in and Y_out are. RESULT of `_larger_partial` is zero at ff, and at of or fo."""
     C = slot(CORES) + 3 * p
     K_B = slot(RESULT) + 2 * (1 - p) + p
-    X_in = tl.where(p == 0, C, K_B)
-    X_out = tl.where(p == 0, K_B, C)
-    Y_in = tl.where(p == 0, IDENTITY, FIT)
-    Y_out = tl.where(p == 0, FIT, IDENTITY)
+    X_in = tl.where(unpinned, slot(RESULT) + 1, tl.where(p == 0, C, K_B))
+    X_out = tl.where(unpinned, slot(RESULT) + 2, tl.where(p == 0, K_B, C))
+    Y_in = tl.where(
+        unpinned, tl.where(fo_larger, RESULT, IDENTITY), tl.where(p == 0, IDENTITY, FIT)
+    )
+    Y_out = tl.where(
+        unpinned, tl.where(fo_larger, IDENTITY, RESULT), tl.where(p == 0, FIT, IDENTITY)
+    )
+    return X_in, X_out, Y_in, Y_out
+
+
+@triton.jit
+def _write_same(p_s, found, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
+    """The cores in float32, and their products with the coordinates that recompose multiplies."""
+    RR: tl.constexpr = R * R
+    X_in, X_out, Y_in, Y_out = found
+    p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z = out
     _store_single(p_X_in + e * RR, p_s, X_in, R, T)
     _store_single(p_X_out + e * RR, p_s, X_out, R, T)
     _store_single(p_Y_in + e * RR, p_s, Y_in, R, T)

@@ -20,7 +20,7 @@ from torch import Tensor
 from csulora_kernels import plan
 from csulora_kernels.launch import Launcher, check_alignment, interpreted
 from csulora_kernels.layout import Basis, Table, empty_like
-from csulora_kernels.settings import Kind, kind_of
+from csulora_kernels.settings import REMOVES, Kind, kind_of
 from csulora_kernels.tiles import MAX_RANK
 from csulora_kernels.workspace import (
     Cores,
@@ -157,10 +157,15 @@ def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores)
         ws.scratch,
         c.energy.numel(),
         len(ws.shapes),
-        float(settings.lambda_aligned),
-        float(settings.lambda_left),
-        float(settings.lambda_right),
-        float(settings.lambda_off),
+        *(
+            min(float(strength), REMOVES)
+            for strength in (
+                settings.lambda_aligned,
+                settings.lambda_left,
+                settings.lambda_right,
+                settings.lambda_off,
+            )
+        ),
     )
 
 

@@ -11,6 +11,12 @@ Form = Literal["exact", "same"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 FORMS: tuple[str, ...] = get_args(Form)
 METHODS = ("csulora", "realign")
+# From this strength on CSULoRA removes a block whole: of no direction would more be left than 1.7e-7 of the update's norm,
+# E^(1/2) / (2 lambda^(1/2)), and systems that told the difference could not be solved in float64.
+REMOVES = 2.0**43
+# Where both blocks that the form `same` could pin, aligned and off, have this strength, none is: what is left of a direction
+# there, 5e-4 of the update's norm at most, would be the measure of the fit.
+UNPINNED = 2.0**20
 
 
 @dataclass(frozen=True)

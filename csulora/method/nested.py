@@ -30,6 +30,7 @@ from csulora.method.stages import (
     solve_grams,
     split_grams,
 )
+from csulora_kernels.settings import REMOVES
 
 if TYPE_CHECKING:
     from csulora.settings import Correction, Realignment
@@ -84,8 +85,8 @@ def attenuated(blocks: Blocks, corrections: Sequence[Correction]) -> Figures:
     else:
         x = blocks.squares * per_energy[..., None]
     strengths = x.new_tensor([c.strengths for c in corrections])[..., None, None]
-    # An infinite strength is its limit, 0, also for an empty block.
-    kept = torch.where(strengths.isinf(), 0.0, 1 / (1 + strengths.nan_to_num(posinf=0.0) * x))
+    # The limit, also for an empty block.
+    kept = torch.where(strengths >= REMOVES, 0.0, 1 / (1 + strengths.clamp_max(REMOVES) * x))
     change = (x * (1 - kept).square()).sum((1, -1))
     return Figures(
         energy.expand_as(change),

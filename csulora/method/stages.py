@@ -14,13 +14,13 @@ serves one module or a stack of modules of one shape:
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csulora.method.rank_fit import alternate, dot
+from csulora_kernels.settings import REMOVES, UNPINNED
 
 if TYPE_CHECKING:
     from csulora.settings import Correction
@@ -166,7 +166,10 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
         )
         rank_error = torch.zeros_like(energy)
     else:
-        X_in, X_out, Y_in, Y_out = _fit_same_rank(grams, K, correction)
+        if min(correction.lambda_aligned, correction.lambda_off) >= UNPINNED:
+            X_in, X_out, Y_in, Y_out = _larger_partial(_energies_of(blocks, K), K)
+        else:
+            X_in, X_out, Y_in, Y_out = _fit_same_rank(grams, K, correction)
         result = torch.stack([X_in @ Y_in, X_in @ Y_out, X_out @ Y_in, X_out @ Y_out])
         cores = Cores(X_in, X_out, Y_in, Y_out)
         misfit = _energies_of(blocks, result - K).sum(0)
@@ -295,9 +298,8 @@ def _block_cores(
 ) -> Tensor:
     """K of the four blocks, (4, ..., r, r)."""
     eye = torch.eye(blocks.B.shape[-1], dtype=blocks.B.dtype, device=blocks.B.device)
-    # An infinite strength is its limit, K = 0, also for an empty block.
-    finite = [0.0 if math.isinf(x) else x for x in correction.strengths]
-    strengths = before.new_tensor(finite).reshape(-1, *[1] * inverse_energy.dim())
+    bounded = [min(strength, REMOVES) for strength in correction.strengths]
+    strengths = before.new_tensor(bounded).reshape(-1, *[1] * inverse_energy.dim())
     if correction.granularity == "component":
         K = eye * (1 / (1 + strengths * before))[..., None, None]
     elif correction.granularity == "direction":
@@ -305,8 +307,8 @@ def _block_cores(
         K = torch.linalg.inv(eye + scale * (blocks.A @ blocks.B))
     else:
         raise NotImplementedError(correction.granularity)
-    for block, strength in enumerate(correction.strengths):
-        if math.isinf(strength):
+    for block, strength in enumerate(bounded):
+        if strength == REMOVES:  # the limit, also for an empty block
             K[block] = 0
     return K
 
@@ -324,3 +326,17 @@ def _fit_same_rank(
         return K[FF], K_B, eye, K_A
     K_A, K_B = alternate(grams.B.flip(0), grams.A.flip(0), K.flip(0))
     return K_B, K[OO], K_A, eye
+
+
+def _larger_partial(energies: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X_in, X_out, Y_in, Y_out where strengths leave next to nothing in both blocks that could be pinned.
+
+    Of the two partial ones that of more energy stays as it is: it has rank r by itself.
+
+    energies: of the four blocks as attenuated, (4, ...).
+    """
+    nothing = torch.zeros_like(K[FF])
+    eye = nothing + torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    left = (energies[FO] >= energies[OF])[..., None, None]
+    X_in, X_out = torch.where(left, K[FO], nothing), torch.where(left, nothing, K[OF])
+    return X_in, X_out, torch.where(left, nothing, eye), torch.where(left, eye, nothing)

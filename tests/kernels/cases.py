@@ -50,6 +50,7 @@ CASES = {
     "half": Case(RAGGED, (16, 8), F16, (1e4, 1, 0, 3), "component"),
     "brain": Case(RAGGED, (8, 16, 3), B16, (0, 10, 10, 10)),
     "odd": Case(((37, 53, 7), (65, 31, 1)), (3, 5, 3, 7, 1), B16, (10, 0, 10, 0)),
+    "enormous": Case(((40, 30, 5),), (6, 2), torch.float32, (1e30, 1, INF, 1e20), deficient=True),
     "removed": Case(RAGGED[:2], (8, 3), F16, (0, INF, INF, INF), again=True),
     "kept": Case(RAGGED[:2], (8,), torch.float32, (0, 0, 0, 0)),
     "strong": Case(((96, 80, 16),), (8, 16), torch.float32, (0, 1e4, 1e2, 1e3)),
@@ -61,6 +62,8 @@ CASES = {
     "rank 128": Case(((140, 136, 64),), (128,), B16),
     "same": Case(((40, 36, 7), (33, 50, 1)), (3,), form="same"),
     "same, off pinned": Case(((40, 36, 7),), (3, 1), F16, (50, 5, 5, 0), form="same"),
+    "same, left only": Case(((40, 36, 7),), (3, 1), B16, (INF, 1, INF, 1e15), form="same"),
+    "same, larger partial": Case(((40, 36, 7),) * 3, (3, 1), F16, (1e13, 1, 1, INF), form="same"),
     "same, component": Case(((70, 66, 64),), (16,), B16, (0, 10, 10, 10), "component", "same"),
     "same, kept": Case(
         ((30, 20, 5),), (8, 2), torch.float32, (0, 0, 0, 0), form="same", again=True
