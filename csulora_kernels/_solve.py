@@ -102,8 +102,8 @@ def solve_kernel(
     left = slot(WORK)
     right = slot(WORK) + 1
     scaled_identity(p_s, slot(IDENTITY), one, R, T)
-    # Of `same`, with the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q. Where neither block that could
-    # be pinned is left, the larger of the others.
+    # Of `same`, with the pinned side p: B' = B_p C + B_q K_B, A' = A_p + K_A A_q. Where next to
+    # nothing is left of both blocks that could be pinned, the largest block alone.
     p = tl.where(lambda_aligned <= lambda_off, 0, 1)
     unpinned = tl.minimum(lambda_aligned, lambda_off) >= UNPINNED
     first = tl.program_id(0)
@@ -139,10 +139,10 @@ def solve_kernel(
                     scaled_identity(p_s, core, one, R, T)
                 else:
                     _direction_core(p_s, core, block, strength * inverse_energy, R, T)
-        fo_larger = unpinned
+        largest = p
         if SAME:
             if unpinned:
-                fo_larger = _larger_partial(p_s, R, T)
+                largest = _largest_block(p_s, R, T)
             else:
                 _fit(p_s, p, R, T)
         change = tl.full([], 0.0, tl.float64)
@@ -166,7 +166,7 @@ def solve_kernel(
         tl.store(p_change + e, tl.sqrt(tl.maximum(change * inverse_energy, 0.0)))
         tl.store(p_error + e, tl.sqrt(tl.maximum(misfit, 0.0) / tl.where(exact > 0, exact, 1.0)))
         if SAME:
-            found = _same_cores(p, unpinned, fo_larger)
+            found = _same_cores(p, unpinned, largest)
             _write_same(
                 p_s, found, p_Pe, p_Qe, (p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z), e, K, R, T
             )
@@ -304,39 +304,42 @@ def _fit(p_s, p, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def _larger_partial(p_s, R: tl.constexpr, T: tl.constexpr):
-    """RESULT: of the two partial blocks that of more energy, which has rank r by itself. Whether that is fo."""
+def _largest_block(p_s, R: tl.constexpr, T: tl.constexpr):
+    """RESULT: the block of most energy alone, which has rank r by itself. Returns its number."""
     left = slot(WORK)
     right = slot(WORK) + 1
     nothing = tl.full([], 0.0, tl.float64)
     one = nothing + 1.0
-    excess = nothing  # of fo over of
+    largest = slot(0)
+    most = nothing
     for block in range(4):
         scaled_identity(p_s, slot(RESULT) + block, nothing, R, T)
-        if (block == 1) | (block == 2):
-            k = slot(CORES) + block
-            multiply(p_s, left, slot(GRAMS) + block // 2, k, one, R, T)
-            multiply(p_s, right, k, slot(GRAMS) + 2 + block % 2, one, R, T)
-            excess += (3 - 2 * block) * inner(p_s, left, right, R, T)
-    fo_larger = excess >= 0
-    larger = tl.where(fo_larger, 1, 2)
-    copy(p_s, slot(RESULT) + larger, slot(CORES) + larger, R, T)
-    return fo_larger
+        k = slot(CORES) + block
+        multiply(p_s, left, slot(GRAMS) + block // 2, k, one, R, T)
+        multiply(p_s, right, k, slot(GRAMS) + 2 + block % 2, one, R, T)
+        energy = inner(p_s, left, right, R, T)
+        largest = tl.where(energy > most, block, largest)
+        most = tl.maximum(energy, most)
+    copy(p_s, slot(RESULT) + largest, slot(CORES) + largest, R, T)
+    return largest
 
 
 @triton.jit
-def _same_cores(p, unpinned, fo_larger):
-    """Where X_in, X_out, Y_in and Y_out are. RESULT of `_larger_partial` is zero at ff, and at of or fo."""
+def _same_cores(p, unpinned, largest):
+    """Where X_in, X_out, Y_in and Y_out are."""
     C = slot(CORES) + 3 * p
     K_B = slot(RESULT) + 2 * (1 - p) + p
-    X_in = tl.where(unpinned, slot(RESULT) + 1, tl.where(p == 0, C, K_B))
-    X_out = tl.where(unpinned, slot(RESULT) + 2, tl.where(p == 0, K_B, C))
-    Y_in = tl.where(
-        unpinned, tl.where(fo_larger, RESULT, IDENTITY), tl.where(p == 0, IDENTITY, FIT)
-    )
-    Y_out = tl.where(
-        unpinned, tl.where(fo_larger, IDENTITY, RESULT), tl.where(p == 0, FIT, IDENTITY)
-    )
+    X_in = tl.where(p == 0, C, K_B)
+    X_out = tl.where(p == 0, K_B, C)
+    Y_in = tl.where(p == 0, IDENTITY, FIT)
+    Y_out = tl.where(p == 0, FIT, IDENTITY)
+    if unpinned:  # of `_largest_block`
+        block = slot(RESULT) + largest
+        zero = slot(RESULT) + 3 - largest
+        X_in = tl.where(largest < 2, block, zero)
+        X_out = tl.where(largest < 2, zero, block)
+        Y_in = tl.where(largest % 2 == 0, IDENTITY, zero)
+        Y_out = tl.where(largest % 2 == 0, zero, IDENTITY)
     return X_in, X_out, Y_in, Y_out
 
 

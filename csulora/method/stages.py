@@ -167,7 +167,7 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
         rank_error = torch.zeros_like(energy)
     else:
         if min(correction.lambda_aligned, correction.lambda_off) >= UNPINNED:
-            X_in, X_out, Y_in, Y_out = _larger_partial(_energies_of(blocks, K), K)
+            X_in, X_out, Y_in, Y_out = _largest_block(_energies_of(blocks, K), K)
         else:
             X_in, X_out, Y_in, Y_out = _fit_same_rank(grams, K, correction)
         result = torch.stack([X_in @ Y_in, X_in @ Y_out, X_out @ Y_in, X_out @ Y_out])
@@ -328,15 +328,17 @@ def _fit_same_rank(
     return K_B, K[OO], K_A, eye
 
 
-def _larger_partial(energies: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _largest_block(energies: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """X_in, X_out, Y_in, Y_out where strengths leave next to nothing in both blocks that could be pinned.
 
-    Of the two partial ones that of more energy stays as it is: it has rank r by itself.
+    Of the four blocks that of most energy stays as it is: it has rank r by itself.
 
-    energies: of the four blocks as attenuated, (4, ...).
+    energies: of the blocks as attenuated, (4, ...).
     """
     nothing = torch.zeros_like(K[FF])
     eye = nothing + torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    left = (energies[FO] >= energies[OF])[..., None, None]
-    X_in, X_out = torch.where(left, K[FO], nothing), torch.where(left, nothing, K[OF])
-    return X_in, X_out, torch.where(left, nothing, eye), torch.where(left, eye, nothing)
+    largest = energies.argmax(0)[..., None, None]
+    core = torch.where(largest % 2 == 0, K[0::2], K[1::2])  # as if from both sides of B
+    X_in, X_out = (torch.where(largest // 2 == side, core[side], nothing) for side in range(2))
+    Y_in, Y_out = (torch.where(largest % 2 == side, eye, nothing) for side in range(2))
+    return X_in, X_out, Y_in, Y_out

@@ -63,7 +63,9 @@ CASES = {
     "same": Case(((40, 36, 7), (33, 50, 1)), (3,), form="same"),
     "same, off pinned": Case(((40, 36, 7),), (3, 1), F16, (50, 5, 5, 0), form="same"),
     "same, left only": Case(((40, 36, 7),), (3, 1), B16, (INF, 1, INF, 1e15), form="same"),
-    "same, larger partial": Case(((40, 36, 7),) * 3, (3, 1), F16, (1e13, 1, 1, INF), form="same"),
+    "same, largest block": Case(
+        ((40, 36, 7), (33, 50, 1), (9, 20, 3)), (3, 1), F16, (1e7, 1, 1, INF), form="same"
+    ),
     "same, component": Case(((70, 66, 64),), (16,), B16, (0, 10, 10, 10), "component", "same"),
     "same, kept": Case(
         ((30, 20, 5),), (8, 2), torch.float32, (0, 0, 0, 0), form="same", again=True

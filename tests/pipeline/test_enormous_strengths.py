@@ -88,17 +88,19 @@ def test_same_has_the_one_block_that_is_left(shape, whole, kept, strength):
     assert abs(error - report.rank_error) <= 1e-4
 
 
-def test_same_has_the_larger_of_two_partial_blocks():
-    B, A, U, V = problem(40, 30, 4, 6)
-    for strengths in ((INF, 1, 1, INF), (1e7, 0, 3, 1e9), (INF, 3, 0, INF)):
+@pytest.mark.parametrize("k", [6, 30])  # beside input directions of every kind, or of all of them
+def test_same_has_the_largest_block_where_none_can_be_pinned(k):
+    B, A, U, V = problem(40, 30, 4, k)
+    for strengths in ((INF, 1, 1, INF), (1e7, 0, 3, 1e9), (INF, 3, 0, INF), (1e7, INF, INF, 1e9)):
         found, report = corrected(B, A, U, V, strengths, form="same")
         parts = oracle.blocks(
             oracle.correct(B.double() @ A.double(), U, V, strengths, "direction"), U, V
         )
-        larger = max(parts[1:3], key=torch.linalg.norm)
-        assert float((found - larger).norm()) <= 1e-6 * float(larger.norm())
-        missed = float((sum(parts) - larger).norm() / sum(parts).norm())
-        assert abs(report.rank_error - missed) <= 1e-6
+        largest = max(parts, key=torch.linalg.norm)
+        assert float((found - largest).norm()) <= 1e-6 * float(largest.norm())
+        missed = float((sum(parts) - largest).norm() / sum(parts).norm())
+        # Energies of blocks that are empty are differences of float32 squares.
+        assert abs(report.rank_error - missed) <= (1e-6 if k < 30 else 5e-4)
 
 
 def test_from_there_on_a_strength_leaves_less_than_float32_resolves():
