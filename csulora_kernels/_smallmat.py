@@ -341,3 +341,46 @@ def symmetric_difference(p_s, c, p_g, h, R: tl.constexpr, T: tl.constexpr):
             b_h = tl.load(p_h + tile(i, j, R, T))
             tl.store(p_c + tile(i, j, R, T), 0.5 * (b_g + b_t) - b_h)
     tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def store_single(p_out, p_s, a, R: tl.constexpr, T: tl.constexpr):
+    """A scratch matrix as float32."""
+    p_a = p_s + a * (R * R)
+    for i in range(tile_count(R, T)):
+        for j in range(tile_count(R, T)):
+            tl.store(p_out + tile(i, j, R, T), tl.load(p_a + tile(i, j, R, T)).to(tl.float32))
+
+
+@triton.jit(noinline=True)
+def times_difference(
+    p_out,
+    p_x,
+    stride_k,
+    stride_r,
+    p_s,
+    a,
+    b,
+    stride_i,
+    stride_j,
+    ROW: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+):
+    """x (a - b), (K, R) with rows ROW apart, for x (K, R) and matrices whose elements have the given strides."""
+    p_a = p_s + a * (R * R)
+    p_b = p_s + b * (R * R)
+    for n in range(tile_count(K, T)):
+        for j in range(tile_count(R, T)):
+            b_out = tl.zeros([T, T], tl.float64)
+            b_j = (j * T + tl.arange(0, T)) * stride_j
+            for i in range(tile_count(R, T)):
+                b_k = (n * T + tl.arange(0, T)) * stride_k
+                b_i = i * T + tl.arange(0, T)
+                b_x = tl.load(p_x + b_k[:, None] + (b_i * stride_r)[None, :]).to(tl.float64)
+                o_m = (b_i * stride_i)[:, None] + b_j[None, :]
+                b_m = tl.load(p_a + o_m) - tl.load(p_b + o_m)
+                b_out = tl.dot(b_x, b_m, b_out, out_dtype=tl.float64)
+            tl.store(p_out + tile(n, j, ROW, T), b_out.to(tl.float32))
+    tl.debug_barrier()

@@ -34,9 +34,9 @@ from csulora_kernels._smallmat import (
     pivoted_cholesky,
     scaled_identity,
     slot,
+    store_single,
     symmetric_difference,
-    tile,
-    tile_count,
+    times_difference,
 )
 from csulora_kernels._tables import side_of
 
@@ -349,12 +349,12 @@ def _write_same(p_s, found, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, 
     RR: tl.constexpr = R * R
     X_in, X_out, Y_in, Y_out = found
     p_X_in, p_X_out, p_Y_in, p_Y_out, p_W, p_Z = out
-    _store_single(p_X_in + e * RR, p_s, X_in, R, T)
-    _store_single(p_X_out + e * RR, p_s, X_out, R, T)
-    _store_single(p_Y_in + e * RR, p_s, Y_in, R, T)
-    _store_single(p_Y_out + e * RR, p_s, Y_out, R, T)
-    _coordinates(p_W + e * K * R, p_P, R, 1, p_s, X_in, X_out, R, 1, R, K, R, T)
-    _coordinates(p_Z + e * K * R, p_Q, 1, K, p_s, Y_in, Y_out, 1, R, R, K, R, T)
+    store_single(p_X_in + e * RR, p_s, X_in, R, T)
+    store_single(p_X_out + e * RR, p_s, X_out, R, T)
+    store_single(p_Y_in + e * RR, p_s, Y_in, R, T)
+    store_single(p_Y_out + e * RR, p_s, Y_out, R, T)
+    times_difference(p_W + e * K * R, p_P, R, 1, p_s, X_in, X_out, R, 1, R, K, R, T)
+    times_difference(p_Z + e * K * R, p_Q, 1, K, p_s, Y_in, Y_out, 1, R, R, K, R, T)
 
 
 @triton.jit
@@ -364,54 +364,11 @@ def _write_exact(p_s, on_A, p_P, p_Q, out, e, K: tl.constexpr, R: tl.constexpr, 
     p_Y_in, p_Y_out, p_Z = out
     for half in range(2):
         k_in = slot(CORES) + 2 * half
-        _store_single(p_Y_in + (e * 2 + half) * RR, p_s, k_in, R, T)
-        _store_single(p_Y_out + (e * 2 + half) * RR, p_s, k_in + 1, R, T)
+        store_single(p_Y_in + (e * 2 + half) * RR, p_s, k_in, R, T)
+        store_single(p_Y_out + (e * 2 + half) * RR, p_s, k_in + 1, R, T)
         p_Ze = p_Z + e * 2 * K * R + half * R
         if on_A:
-            _coordinates(p_Ze, p_Q, 1, K, p_s, k_in, k_in + 1, 1, R, 2 * R, K, R, T)
+            times_difference(p_Ze, p_Q, 1, K, p_s, k_in, k_in + 1, 1, R, 2 * R, K, R, T)
         else:
             k_of_B = slot(CORES) + half
-            _coordinates(p_Ze, p_P, R, 1, p_s, k_of_B, k_of_B + 2, R, 1, 2 * R, K, R, T)
-
-
-@triton.jit(noinline=True)
-def _store_single(p_out, p_s, a, R: tl.constexpr, T: tl.constexpr):
-    """A scratch matrix as float32."""
-    p_a = p_s + a * (R * R)
-    for i in range(tile_count(R, T)):
-        for j in range(tile_count(R, T)):
-            tl.store(p_out + tile(i, j, R, T), tl.load(p_a + tile(i, j, R, T)).to(tl.float32))
-
-
-@triton.jit(noinline=True)
-def _coordinates(
-    p_out,
-    p_x,
-    stride_k,
-    stride_r,
-    p_s,
-    a,
-    b,
-    stride_i,
-    stride_j,
-    ROW: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-):
-    """x (a - b), (K, R) with rows ROW apart, for x (K, R) and matrices whose elements have the given strides."""
-    p_a = p_s + a * (R * R)
-    p_b = p_s + b * (R * R)
-    for n in range(tile_count(K, T)):
-        for j in range(tile_count(R, T)):
-            b_out = tl.zeros([T, T], tl.float64)
-            b_j = (j * T + tl.arange(0, T)) * stride_j
-            for i in range(tile_count(R, T)):
-                b_k = (n * T + tl.arange(0, T)) * stride_k
-                b_i = i * T + tl.arange(0, T)
-                b_x = tl.load(p_x + b_k[:, None] + (b_i * stride_r)[None, :]).to(tl.float64)
-                o_m = (b_i * stride_i)[:, None] + b_j[None, :]
-                b_m = tl.load(p_a + o_m) - tl.load(p_b + o_m)
-                b_out = tl.dot(b_x, b_m, b_out, out_dtype=tl.float64)
-            tl.store(p_out + tile(n, j, ROW, T), b_out.to(tl.float32))
-    tl.debug_barrier()
+            times_difference(p_Ze, p_P, R, 1, p_s, k_of_B, k_of_B + 2, R, 1, 2 * R, K, R, T)
