@@ -157,15 +157,10 @@ def _solve_cores(projection: Projection, settings: Any, ws: Workspace, c: Cores)
         ws.scratch,
         c.energy.numel(),
         len(ws.shapes),
-        *(
-            min(float(strength), REMOVES)
-            for strength in (
-                settings.lambda_aligned,
-                settings.lambda_left,
-                settings.lambda_right,
-                settings.lambda_off,
-            )
-        ),
+        float(min(settings.lambda_aligned, REMOVES)),
+        float(min(settings.lambda_left, REMOVES)),
+        float(min(settings.lambda_right, REMOVES)),
+        float(min(settings.lambda_off, REMOVES)),
     )
 
 

@@ -5,7 +5,15 @@ import torch
 from builders import orthonormal
 from hypothesis import settings
 
-from csulora import Correction, LoraAdapter, LoraModule, ModuleSubspace, Origin, SafetySubspace
+from csulora import (
+    Correction,
+    LoraAdapter,
+    LoraModule,
+    ModuleSubspace,
+    Origin,
+    SafetySubspace,
+    correct,
+)
 from csulora.method import stages
 
 # The same examples in every run: a red test must be red again. Search for new ones with a larger
@@ -81,6 +89,16 @@ def adapter_of(shapes, seed, names, r, dtype):
         A, B = (torch.randn(s, generator=generator) for s in ((r, d_in), (d_out, r)))
         modules[name] = LoraModule(A.to(dtype), B.to(dtype), alpha=2 * r, scaling=2.0)
     return LoraAdapter(modules, {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r})
+
+
+def corrected(B, A, U, V, correction, **options):
+    """Corrected factors of one module, and its report."""
+    module = LoraModule(A=A, B=B, alpha=4, scaling=1.0)
+    basis = ModuleSubspace(U.float(), torch.ones(U.shape[1]), V.float(), 0.5)
+    subspace = SafetySubspace({"m": basis}, Origin("base", "aligned", "", "", 0))
+    adapter = LoraAdapter({"m": module}, {"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    new, report = correct(adapter, subspace, correction, **options)
+    return new.modules["m"], report.modules["m"]
 
 
 def update(module):

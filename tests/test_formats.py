@@ -109,6 +109,10 @@ def test_public_names():
     assert set(csulora.__all__) <= set(dir(csulora))
     with pytest.raises(AttributeError, match="module 'csulora' has no attribute 'estimates'"):
         csulora.estimates  # noqa: B018
+    assert str(inspect.signature(csulora.Correction)).startswith(
+        "(lambda_aligned: 'float' = 0.0, lambda_left: 'float' = 10.0, "
+        "lambda_right: 'float' = 10.0, lambda_off: 'float' = 10.0, granularity: "
+    )
 
 
 def test_type_checkers_see_what_is_imported_later():
@@ -123,10 +127,6 @@ def test_type_checkers_see_what_is_imported_later():
         for alias in node.names
     }
     assert seen == csulora._LATER
-    assert str(inspect.signature(csulora.Correction)).startswith(
-        "(lambda_aligned: 'float' = 0.0, lambda_left: 'float' = 10.0, "
-        "lambda_right: 'float' = 10.0, lambda_off: 'float' = 10.0, granularity: "
-    )
     assert list(inspect.signature(csulora.correct).parameters)[:3] == [
         "adapter",
         "subspace",

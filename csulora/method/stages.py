@@ -166,14 +166,15 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
         )
         rank_error = torch.zeros_like(energy)
     else:
+        wanted = _energies_of(blocks, K)
         if min(correction.lambda_aligned, correction.lambda_off) >= UNPINNED:
-            X_in, X_out, Y_in, Y_out = _largest_block(_energies_of(blocks, K), K)
+            X_in, X_out, Y_in, Y_out = _largest_block(wanted, K)
         else:
             X_in, X_out, Y_in, Y_out = _fit_same_rank(grams, K, correction)
         result = torch.stack([X_in @ Y_in, X_in @ Y_out, X_out @ Y_in, X_out @ Y_out])
         cores = Cores(X_in, X_out, Y_in, Y_out)
         misfit = _energies_of(blocks, result - K).sum(0)
-        exact = _energies_of(blocks, K).sum(0)
+        exact = wanted.sum(0)
         rank_error = torch.where(exact > 0, misfit / exact, torch.zeros_like(exact)).sqrt()
     after = _energies_of(blocks, result) * inverse_energy
     change = _energies_of(blocks, result - eye).sum(0) * inverse_energy

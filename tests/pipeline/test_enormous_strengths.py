@@ -6,16 +6,9 @@ import oracle
 import pytest
 import torch
 from builders import orthonormal
+from problems import corrected, update
 
-from csulora import (
-    Correction,
-    LoraAdapter,
-    LoraModule,
-    ModuleSubspace,
-    Origin,
-    SafetySubspace,
-    correct,
-)
+from csulora import Correction
 from csulora_kernels.settings import REMOVES
 
 INF = math.inf
@@ -38,17 +31,6 @@ def problem(d_out, d_in, r, k, *, deficient=False, whole=False):
     return B, A, U, V
 
 
-def corrected(B, A, U, V, strengths, **choices):
-    k, r = U.shape[1], B.shape[1]
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": ["m"]}
-    adapter = LoraAdapter({"m": LoraModule(A, B, r, 1.0)}, config)
-    module = ModuleSubspace(U.contiguous(), torch.linspace(2, 1, k), V.contiguous(), 0.5)
-    subspace = SafetySubspace({"m": module}, Origin("base", "aligned", "0", "1", 0))
-    new, report = correct(adapter, subspace, Correction(*strengths, **choices))
-    module = new.modules["m"]
-    return module.B.double() @ module.A.double(), report.modules["m"]
-
-
 @pytest.mark.parametrize("granularity", ["direction", "component"])
 @pytest.mark.parametrize("deficient", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
@@ -59,11 +41,14 @@ def test_exact_is_the_limit(shape, whole, deficient, granularity):
     for strength in ENORMOUS:
         for sides in ((0, 1, 1, 1), (0, 0, 0, 1), (1, 0, 0, 0), (0, 1, 0, 0)):
             strengths = [strength if removed else 1.0 for removed in sides]
-            found, report = corrected(B, A, U, V, strengths, granularity=granularity)
+            module, report = corrected(B, A, U, V, Correction(*strengths, granularity=granularity))
             limit = oracle.correct(
                 dW, U, V, [INF if removed else 1.0 for removed in sides], granularity
             )
-            assert float((found - limit).norm()) <= 1e-6 * float(dW.norm()), (strength, sides)
+            assert float((update(module) - limit).norm()) <= 1e-6 * float(dW.norm()), (
+                strength,
+                sides,
+            )
             for removed, after in zip(sides, report.relative_energy_after.values(), strict=True):
                 assert not removed or after == 0
 
@@ -77,10 +62,10 @@ def test_same_has_the_one_block_that_is_left(shape, whole, kept, strength):
     B, A, U, V = problem(*shape, whole=whole)
     strengths = [strength] * 4
     strengths[kept] = 1.0
-    found, report = corrected(B, A, U, V, strengths, form="same")
+    module, report = corrected(B, A, U, V, Correction(*strengths, form="same"))
     dW = B.double() @ A.double()
     wanted = oracle.correct(dW, U, V, strengths, "direction")
-    error = float((found - wanted).norm() / wanted.norm())
+    error = float((update(module) - wanted).norm() / wanted.norm())
     left = (
         3 * shape[2] ** 0.5 * float(dW.norm() / wanted.norm()) / (2 * min(strength, REMOVES) ** 0.5)
     )
@@ -92,12 +77,12 @@ def test_same_has_the_one_block_that_is_left(shape, whole, kept, strength):
 def test_same_has_the_largest_block_where_none_can_be_pinned(k):
     B, A, U, V = problem(40, 30, 4, k)
     for strengths in ((INF, 1, 1, INF), (1e7, 0, 3, 1e9), (INF, 3, 0, INF), (1e7, INF, INF, 1e9)):
-        found, report = corrected(B, A, U, V, strengths, form="same")
+        module, report = corrected(B, A, U, V, Correction(*strengths, form="same"))
         parts = oracle.blocks(
             oracle.correct(B.double() @ A.double(), U, V, strengths, "direction"), U, V
         )
         largest = max(parts, key=torch.linalg.norm)
-        assert float((found - largest).norm()) <= 1e-6 * float(largest.norm())
+        assert float((update(module) - largest).norm()) <= 1e-6 * float(largest.norm())
         missed = float((sum(parts) - largest).norm() / sum(parts).norm())
         # Energies of blocks that are empty are differences of float32 squares.
         assert abs(report.rank_error - missed) <= (1e-6 if k < 30 else 5e-4)

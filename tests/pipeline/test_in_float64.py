@@ -5,14 +5,13 @@ import math
 import oracle
 import pytest
 import torch
-from problems import factors
+from problems import corrected, factors
 from tolerances import TOLERANCES
 
 import csulora
 from csulora.method.precision import COMPUTING_LIMIT, solve_with_amplification
 from csulora.method.stages import project
 from csulora.settings import FORMS, GRANULARITIES
-from csulora.subspace import Origin
 
 NAME = "model.layers.0.mlp.down_proj"
 ALL = (1e4, 1e4, 1e4, 1e4)
@@ -31,16 +30,6 @@ CASES = [  # d_out, d_in, r, k, strengths
 ]
 
 
-def run(B, A, U, V, correction, **options):
-    """Corrected factors of one module and its report."""
-    module = csulora.LoraModule(A=A, B=B, alpha=4, scaling=1.0)
-    basis = csulora.ModuleSubspace(U.float(), torch.ones(U.shape[1]), V.float(), 0.5)
-    subspace = csulora.SafetySubspace({NAME: basis}, Origin("base", "aligned", "", "", 0))
-    adapter = csulora.LoraAdapter({NAME: module}, {"peft_type": "LORA", "r": 4, "lora_alpha": 4})
-    corrected, report = csulora.correct(adapter, subspace, correction, **options)
-    return corrected.modules[NAME], report.modules[NAME]
-
-
 def relative_error(module, wanted):
     found = module.B.double() @ module.A.double()
     return float((found - wanted).norm() / wanted.norm())
@@ -54,7 +43,7 @@ def test_small_results_are_as_exact_as_large_ones(shape, strengths, granularity,
         B, A, U, V = factors(*shape, seed=seed)
         B, A, U, V = B.to(dtype), A.to(dtype), U.float(), V.float()
         wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
-        module, report = run(B, A, U, V, csulora.Correction(*strengths, granularity))
+        module, report = corrected(B, A, U, V, csulora.Correction(*strengths, granularity))
         assert module.B.dtype == module.A.dtype == dtype
         assert relative_error(module, wanted) <= TOLERANCES[dtype]
         left = float(wanted.square().sum() / (B.double() @ A.double()).square().sum())
@@ -74,7 +63,7 @@ def test_same_with_a_rank_near_or_above_the_sides(shape, strengths, dtype):
         B, A, U, V = B.to(dtype), A.to(dtype), U.float(), V.float()
         dW = B.double() @ A.double()
         wanted = oracle.correct(dW, U, V, strengths, "direction")
-        module, report = run(B, A, U, V, csulora.Correction(*strengths, form="same"))
+        module, report = corrected(B, A, U, V, csulora.Correction(*strengths, form="same"))
         kept, truth = (
             oracle.blocks(X, U, V)[0] for X in (module.B.double() @ module.A.double(), wanted)
         )
@@ -90,7 +79,7 @@ def test_a_lopsided_gauge_changes_nothing(span):
         t = torch.logspace(-span, span, 16)
         B, A = B * t, A / t[:, None]
         wanted = oracle.correct(B.double() @ A.double(), U, V, (0, 10, 10, 10), "direction")
-        module, _ = run(B, A, U, V, csulora.Correction())
+        module, _ = corrected(B, A, U, V, csulora.Correction())
         assert relative_error(module, wanted) <= TOLERANCES[torch.float32]
 
 
