@@ -10,7 +10,6 @@ takes from the same stand-in what would be compiled.
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 from workloads import FORMS, Workload, batch, method_of, spectrum_of
 
 import csulora_kernels as kernels
+from csulora_kernels import buffers
 
 ROUNDS, CALLS = 20, 100
 PROCESSORS = 132
@@ -87,14 +87,13 @@ def stand_in(take: Callable[[Launched], object], capability: int = 90) -> Iterat
         return kernel
 
     known = driver._active
-    workspaces = sys.modules["csulora_kernels.workspace"]  # `kernels.workspace` is its function
     driver.set_active(Driver(capability))
     _takers.append(take)
     try:
         with (
             patch.object(JITFunction, "_do_compile", compiled),
-            patch.object(workspaces, "hardware", lambda device: (capability, PROCESSORS)),
-            patch.object(workspaces, "unavailable", lambda device: None),
+            patch.object(buffers, "hardware", lambda device: (capability, PROCESSORS)),
+            patch.object(buffers, "unavailable", lambda device: None),
             patch.object(torch.cuda, "current_device", lambda: -1),  # as of tensors on the CPU
         ):
             yield

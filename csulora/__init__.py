@@ -1,49 +1,55 @@
 """Repair the safety of LoRA adapters after training, in closed form (CSULoRA, arXiv 2605.30640).
 
-What corrects one adapter in memory is imported here; what works on checkpoints, folders, batches and
-sweeps is imported when it is first asked for.
+What computes or reads files is imported when it is first asked for, and torch with it.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from csulora.adapter import LoraAdapter, LoraModule, Source, identify
-from csulora.correction import correct, correct_batch, decompose
 from csulora.errors import ChangedError, CsuloraError, DiskFullError, ExistsError, UsageError
-from csulora.outcome import Outcome
-from csulora.report import ModuleReport, Report, Totals
 from csulora.settings import Correction, Realignment
-from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 from csulora.version import VERSION
+from csulora_kernels.later import later
 
 if TYPE_CHECKING:  # as _LATER has them, for type checkers and editors
     from csulora import baselines, geometry, sweep
+    from csulora.adapter import LoraAdapter, LoraModule, Source, identify
     from csulora.batch import correct_many
+    from csulora.correction import correct, correct_batch, decompose
     from csulora.estimation import estimate
     from csulora.folder import correct_folder
+    from csulora.outcome import Outcome
+    from csulora.report import ModuleReport, Report, Totals
+    from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
     from csulora.verification import Verification, verify
 
 __version__ = VERSION
 
 _LATER = {  # a public name: the module it comes from, or is
+    "LoraAdapter": "csulora.adapter",
+    "LoraModule": "csulora.adapter",
+    "ModuleReport": "csulora.report",
+    "ModuleSubspace": "csulora.subspace",
+    "Origin": "csulora.subspace",
+    "Outcome": "csulora.outcome",
+    "Report": "csulora.report",
+    "SafetySubspace": "csulora.subspace",
+    "Source": "csulora.adapter",
+    "Totals": "csulora.report",
     "Verification": "csulora.verification",
     "baselines": "csulora.baselines",
+    "correct": "csulora.correction",
+    "correct_batch": "csulora.correction",
     "correct_folder": "csulora.folder",
     "correct_many": "csulora.batch",
+    "decompose": "csulora.correction",
     "estimate": "csulora.estimation",
     "geometry": "csulora.geometry",
+    "identify": "csulora.adapter",
     "sweep": "csulora.sweep",
     "verify": "csulora.verification",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LATER[name])
-    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value  # the next look-up finds it without this function
-    return value
+__getattr__ = later(__name__, _LATER)
 
 
 def __dir__() -> list[str]:

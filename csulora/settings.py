@@ -6,13 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from csulora.errors import CsuloraError, UsageError
 from csulora.strengths import Frozen, OwnStrength, by_module, checked_patterns, checked_strength
 from csulora.text import listed
 from csulora_kernels import FORMS, GRANULARITIES, Form, Granularity
 from csulora_kernels.settings import Kind
+
+# Which implementation corrects, and what runs a batch.
+BACKENDS = ("auto", "torch", "triton")
+EngineName = Literal["local", "ray"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
 
 _LAMBDAS = ("lambda_aligned", "lambda_left", "lambda_right", "lambda_off")
 

@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from csulora_kernels import plan
-from csulora_kernels.launch import Launcher, check_alignment, interpreted
-from csulora_kernels.layout import Basis, Table, empty_like
-from csulora_kernels.settings import REMOVES, Kind, kind_of
-from csulora_kernels.tiles import MAX_RANK
-from csulora_kernels.workspace import (
+from csulora_kernels.buffers import (
     Cores,
     Projection,
     Shift,
@@ -32,6 +28,10 @@ from csulora_kernels.workspace import (
     check_workspace,
     workspace,
 )
+from csulora_kernels.launch import Launcher, check_alignment, interpreted
+from csulora_kernels.layout import Basis, Table, empty_like
+from csulora_kernels.settings import REMOVES, Kind, kind_of
+from csulora_kernels.tiles import MAX_RANK
 
 
 class Result(NamedTuple):

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from csulora_kernels.buffers import hardware, unavailable
 from csulora_kernels.launch import Launcher
 from csulora_kernels.layout import ALIGNMENT, DTYPES
-from csulora_kernels.workspace import hardware, unavailable
 
 BLOCK_I, BLOCK_L = 64, 32
 

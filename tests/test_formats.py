@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 import csulora
+import csulora_kernels
 from csulora.files.safetensors import write_safetensors
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
 
@@ -115,18 +116,24 @@ def test_public_names():
     )
 
 
-def test_type_checkers_see_what_is_imported_later():
+@pytest.mark.parametrize("package", [csulora, csulora_kernels])
+def test_type_checkers_see_what_is_imported_later(package):
     [block] = [
         node
-        for node in ast.parse(inspect.getsource(csulora)).body
+        for node in ast.parse(inspect.getsource(package)).body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     ]
+    name = package.__name__
     seen = {
-        alias.name: f"csulora.{alias.name}" if node.module == "csulora" else node.module
+        alias.name: f"{name}.{alias.name}" if node.module == name else node.module
         for node in block.body
         for alias in node.names
     }
-    assert seen == csulora._LATER
+    assert seen == package._LATER
+    assert set(seen) <= set(package.__all__) <= set(dir(package))
+
+
+def test_the_first_parameters_of_correct():
     assert list(inspect.signature(csulora.correct).parameters)[:3] == [
         "adapter",
         "subspace",
@@ -166,18 +173,24 @@ def test_every_option_of_the_contract_parses(tmp_path):
         assert parser.parse_args(line.split()).run
 
 
-def test_import_is_light_and_cheap():
+def test_imports_are_light_and_cheap():
+    """As is what needs neither tensors nor files: the help, the version, a call that is wrong."""
     code = """
-import sys, time, torch
+import sys, time
 start = time.process_time()
-import csulora
-print(time.process_time() - start)
-heavy = {"triton", "transformers", "peft", "matplotlib", "huggingface_hub", "rich", "ray"}
-print(sorted((heavy | set(csulora._LATER.values())) & set(sys.modules)))
+import csulora, csulora_kernels
+from csulora.cli import main
+csulora.Correction(lambda_off=1), csulora.CsuloraError
+codes = [main(["--version"]), main(["correct", "--help"]), main(["correct", "A", "--frm", "exact"])]
+seconds = time.process_time() - start
+heavy = {"torch", "numpy", "triton", "transformers", "peft", "matplotlib", "huggingface_hub", "ray"}
+homes = set(csulora._LATER.values()) | set(csulora_kernels._LATER.values())
+found = codes, sorted((heavy | homes) & set(sys.modules))
+assert csulora.adapter.LoraAdapter is csulora.LoraAdapter and "csulora.estimation" not in sys.modules
+print(repr(found), seconds, sep="\\n")
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
-    assert {run.stdout.splitlines()[1] for run in runs} == {"[]"}
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    lines = [run.stdout.splitlines()[-2:] for run in runs]
+    assert {found for found, _ in lines} == {"([0, 0, 2], [])"}
+    assert min(float(seconds) for _, seconds in lines) < 0.3

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
@@ -24,11 +24,9 @@ from csulora.errors import UsageError
 from csulora.files.folders import not_made_anew
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
-from csulora.settings import Correction, Method
+from csulora.settings import ENGINES, Correction, EngineName, Method
 from csulora.subspace import SafetySubspace
 
-EngineName = Literal["local", "ray"]
-ENGINES: tuple[str, ...] = get_args(EngineName)
 COMMIT_SECONDS = 1.0
 
 

@@ -18,6 +18,7 @@ from csulora.cli.signals import Ended, raised
 from csulora.cli.streams import standard_streams
 from csulora.errors import CsuloraError
 from csulora.text import one_line
+from csulora.version import VERSION
 
 TRACEBACK = "CSULORA_TRACEBACK"  # environment variable: set, errors come with their traceback
 EXAMPLES = """examples:
@@ -82,15 +83,13 @@ def _unforeseen(error: Exception, arguments: argparse.Namespace) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function from arguments to an exit code."""
-    import csulora
-
     parser = argparse.ArgumentParser(
         prog="csulora",
         description="Repair the safety of LoRA adapters after training, in closed form.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"csulora {csulora.__version__}")
+    parser.add_argument("--version", action="version", version=f"csulora {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     options.add_estimate(commands)
     options.add_correct(commands)

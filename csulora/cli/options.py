@@ -7,12 +7,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from csulora.batch import ENGINES
 from csulora.cli.method_options import add_method
 from csulora.cli.serving_options import add_check, add_guard, add_keys
 from csulora.cli.sweep_options import add_evaluation, add_grid
-from csulora.pipeline.backend import BACKENDS
-from csulora.settings import FORMS
+from csulora.settings import BACKENDS, ENGINES, FORMS
 
 Commands = Any  # argparse's own types for parsers and groups of options are private
 Group = Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -12,9 +12,8 @@ from csulora.errors import CsuloraError, UsageError
 from csulora.pipeline import by_torch, by_triton
 from csulora.pipeline.plan import Plan
 from csulora.pipeline.solved import Solved
+from csulora.settings import BACKENDS
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 Solver = Callable[[Sequence[Plan], torch.device], Iterator[Solved | CsuloraError]]
 
 

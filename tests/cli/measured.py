@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import csulora.batch  # noqa: F401  # so that it is not counted as memory of the first command
 from csulora.cli import main
 
 torch.set_num_threads(1)

@@ -1,6 +1,11 @@
 """Commands that are told to end, by Ctrl-C, SIGTERM or SIGHUP, once and twice."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import builders
 import forked
@@ -63,3 +68,20 @@ def test_signals_end_an_estimate_without_a_trace(tmp_path, pair):
         assert result["err"].endswith("; finished outputs are complete\n")
         assert "Traceback" not in result["err"] and result["out"] == ""
         assert not list((tmp_path / name).iterdir())
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        f"import time\nopen({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    argv = [sys.executable, "-m", "csulora", "inspect", "a", "--subspace", "s"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, env=environment, text=True) as process:
+        while not (tmp_path / "begun").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert (process.returncode, said) == (
+        130,
+        "csulora: interrupted; finished outputs are complete\n",
+    )

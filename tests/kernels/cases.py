@@ -18,7 +18,7 @@ import csulora_kernels as kernels
 from csulora.method import stages
 from csulora.method.precision import singular
 from csulora.settings import Correction
-from csulora_kernels.workspace import hardware
+from csulora_kernels.buffers import hardware
 
 GUARD = 64  # elements of NaN before and after a buffer
 SENTINEL = 777.0

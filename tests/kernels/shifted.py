@@ -15,7 +15,7 @@ from torch import Tensor
 import csulora_kernels as kernels
 from csulora.method import realign, stages
 from csulora.settings import Realignment
-from csulora_kernels.workspace import hardware
+from csulora_kernels.buffers import hardware
 
 F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 
