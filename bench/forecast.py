@@ -5,7 +5,8 @@
 For each stage the time of each limit alone: bytes of DRAM and of L2, operations of the tensor cores,
 instructions issued (from the compiled code), and for solve the chain of one program (bench/chain.py). The
 forecast is the largest of them, so it is what the stage would take if everything else were hidden behind
-it. Nothing is fitted to a measurement. Needs no GPU, and Triton without its interpreter.
+it. Nothing is fitted to a measurement, but for the rate of L2. Needs no GPU, and Triton without its
+interpreter.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Gpu(NamedTuple):
-    """Public figures: NVIDIA's data sheets, and for L2, of which they say nothing, microbenchmarks."""
+    """NVIDIA's data sheets; L2, of which they say nothing, at the highest rate that a timed stage reached."""
 
     name: str
     dram: float  # bytes a second
-    l2: float  # bytes a second, about
+    l2: float  # bytes a second, of a whole GH100
     tensor: float  # bfloat16 operations a second, without sparsity
     clock: (
         float  # cycles a second at which the tensor cores reach that: 132 x 4096 operations a cycle
@@ -50,9 +51,11 @@ class Gpu(NamedTuple):
     capability: int = 90
 
 
+# 843.9 million sectors of 32 bytes, by ncu, in the 3.87 ms of project at N = 64 (docs/kernels.md).
+L2 = 6.9e12
 GPUS = {
-    "h100": Gpu("H100 SXM", 3.35e12, 5.5e12, 989e12, 1.83e9),
-    "h200": Gpu("H200 SXM", 4.8e12, 5.5e12, 989e12, 1.83e9),
+    "h100": Gpu("H100 SXM", 3.35e12, L2, 989e12, 1.83e9),
+    "h200": Gpu("H200 SXM", 4.8e12, L2, 989e12, 1.83e9),
 }
 
 
@@ -180,6 +183,20 @@ def table(
     return lines
 
 
+def shares(forecasts: list[dict[str, Any]], gpu: Gpu) -> list[str]:
+    """Rows of the page: all stages in milliseconds, and the floor's bytes at DRAM's rate as a share of it."""
+    lines = ["| N, form | all stages | share of a copy |", "| --- | --- | --- |"]
+    sums: dict[tuple[int, str], float] = {}
+    for one in forecasts:
+        case = one["adapters"], one["form"]
+        sums[case] = sums.get(case, 0.0) + one["milliseconds"]
+    for (adapters, form), total in sums.items():
+        floor = Workload.of("llama-3.1-8b", adapters, 16, form).floor
+        share = 1e3 * floor / gpu.dram / total
+        lines.append(f"| {adapters}, {form} | {total:.2f} | {share:.0%} |")
+    return lines
+
+
 def counts() -> list[str]:
     """Rows of the page: bytes of each stage beside the floor's terms, and operations."""
     lines = [
@@ -209,8 +226,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the forecasts for all GPUs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = rows(GPUS[arguments.gpu])
-    print("\n".join([*counts(), "", *table(found, measured(arguments.beside))]))
+    gpu = GPUS[arguments.gpu]
+    found = rows(gpu)
+    beside = measured(arguments.beside)
+    print("\n".join([*counts(), "", *table(found, beside), "", *shares(found, gpu)]))
     if arguments.json:
         every = [row for gpu in GPUS.values() for row in rows(gpu)]
         arguments.json.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
