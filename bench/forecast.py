@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Gpu(NamedTuple):
-    """NVIDIA's data sheets; L2, of which they say nothing, at the highest rate that a timed stage reached."""
+    """NVIDIA's data sheets; L2, of which they say nothing, at the best rate of a timed stage."""
 
     name: str
     dram: float  # bytes a second
@@ -184,7 +184,7 @@ def table(
 
 
 def shares(forecasts: list[dict[str, Any]], gpu: Gpu) -> list[str]:
-    """Rows of the page: all stages in milliseconds, and the floor's bytes at DRAM's rate as a share of it."""
+    """Rows of the page: all stages in milliseconds, and the share of it that a copy would take."""
     lines = ["| N, form | all stages | share of a copy |", "| --- | --- | --- |"]
     sums: dict[tuple[int, str], float] = {}
     for one in forecasts:

@@ -124,9 +124,11 @@ def workspace(
     tiles: if not given, chosen for speed, or with `steady` so that what else is in a table changes no bit of
     an adapter's result, where its R, K, `vec_r` and `vec_d` are the same.
 
-    Raises ValueError for a rank above 128 or tiles that do not fit together, and RuntimeError where the
-    kernels cannot run.
+    Raises ValueError for a rank above 128, tiles that do not fit together, or both tiles and `steady`, and
+    RuntimeError where the kernels cannot run.
     """
+    if tiles is not None and steady:
+        raise ValueError("tiles are given, or chosen to be steady, not both")
     check_table(table, basis)
     reason = unavailable(table.data.device)
     if reason is not None:

@@ -48,6 +48,14 @@ def test_ranks_above_the_limit_are_refused_by_name():
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_tiles_are_given_or_chosen_to_be_steady():
+    table, basis = packed(4, 4, 1)
+    tiles = kernels.workspace(table, basis, kernels.Penalties(), steady=True).tiles
+    with pytest.raises(ValueError, match="not both"):
+        kernels.workspace(table, basis, kernels.Penalties(), tiles, steady=True)
+
+
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("stage", "change", "message"),
     [
