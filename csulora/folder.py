@@ -24,13 +24,13 @@ from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.outcome import Outcome
 from csulora.output import (
-    PARTS,
     REPORT,
     WEIGHTS,
     alike,
     check_replaceable,
     contradictions,
     differences,
+    otherwise,
     written_report,
 )
 from csulora.pipeline.backend import check_backend, pick_device
@@ -225,7 +225,8 @@ def recognise(
     """
     report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
-    changed = [PARTS[key] for key in wanted if not alike(getattr(report, key), wanted[key])]
+    parts = {key: getattr(report, key) for key in wanted}
+    changed = [otherwise(k, parts[k], wanted[k]) for k in wanted if not alike(parts[k], wanted[k])]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
     damaged = differences(target, report) or contradictions(target, report)

@@ -162,6 +162,22 @@ def alike(found: object, wanted: object) -> bool:
     return found == wanted and _patterns(found) == _patterns(wanted)
 
 
+def otherwise(key: str, found: object, wanted: object) -> str:
+    """In words which part of a report is not what it should be; of settings also each that differs."""
+    if key != "settings" or not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
+        return PARTS[key]
+    names = [n for n in {**found, **wanted} if _value(found.get(n)) != _value(wanted.get(n))]
+    if "method" in names:  # the others of another method say nothing
+        names = ["method"]
+    values = [f"{n} {_value(found.get(n))}, now {_value(wanted.get(n))}" for n in names]
+    return f"{PARTS[key]} ({'; '.join(values)})"
+
+
+def _value(setting: object) -> str:
+    """As JSON, in which the order of patterns shows."""
+    return "none" if setting is None else json.dumps(setting).strip('"')
+
+
 def _patterns(part: object) -> list[str]:
     patterns = part.get("strength_for") if isinstance(part, Mapping) else None
     return list(patterns) if isinstance(patterns, Mapping) else []

@@ -99,7 +99,18 @@ def test_the_command_adds_its_own_remedy(capsys, adapter, subspace, tmp_path):
         ((), f"{output}: already exists; pass --overwrite or --resume"),
         (
             ("--resume", "--lambda-off", 3),
-            f"{output}: was made with other settings; pass --overwrite to replace it",
+            f"{output}: was made with other settings (lambda_off 10.0, now 3.0); pass --overwrite to "
+            "replace it",
+        ),
+        (
+            ("--resume", "--form", "same", "--strength-for", "*=1"),
+            f"{output}: was made with other settings (form exact, now same; strength_for none, now "
+            '{"*": 1.0}); pass --overwrite to replace it',
+        ),
+        (
+            ("--resume", "--method", "realign", "--dtype", "float16"),
+            f"{output}: was made with other settings (method csulora, now realign); pass --overwrite to "
+            "replace it",
         ),
     ):
         result = builders.run(capsys, *common, *options, "--json")
