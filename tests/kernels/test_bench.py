@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ sys.path.insert(0, str(BENCH))
 
 import chain  # noqa: E402
 import forecast  # noqa: E402
+import gpu  # noqa: E402
+import on_a_gpu  # noqa: E402
 import roofline  # noqa: E402
 import sass  # noqa: E402
 import workloads  # noqa: E402
@@ -53,6 +56,31 @@ def test_the_benchmark_checks_and_counts_without_a_clock(dry, tmp_path):
 def test_the_tuner_prints_what_to_write(dry):
     out = dry("tune", "--ranks", "3")
     assert ", ProjectLaunch(block_d=" in out and "R = 16, K = 64" in out
+
+
+def test_steps_for_a_gpu_that_fail_or_take_too_long_stop_no_other(tmp_path):
+    def ended(code, seconds=60.0, minutes=1):
+        step = on_a_gpu.Step("step", [sys.executable, "-c", code], seconds)
+        return on_a_gpu.run(step, tmp_path, time.monotonic() + 60 * minutes)["code"]
+
+    assert ended("print(1)") == 0 and ended("raise SystemExit(3)") == 3
+    assert ended("import time; time.sleep(60)", seconds=0.5) is None
+    assert ended("print(1)", minutes=0) is None
+
+
+def test_the_steps_for_a_gpu_find_what_they_are_for(tmp_path):
+    known = [
+        {model, f"N={N}", f"r={r}", *form.split(), kind}
+        for model, N, r, form, kind in gpu.cases(dry=False, every=True)
+    ]
+    for step in on_a_gpu.compilations():
+        wanted = set(step.command[-1].split())
+        assert any(wanted <= case for case in known), step
+    by_name = {step.name: step.command for step in on_a_gpu.steps(tmp_path, 2)}
+    few = [*by_name["racecheck"][5:], "--collect-only"]  # what the sanitizer runs
+    done = subprocess.run(few, cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("7/"), done.stdout
+    assert all(Path(by_name[name][1]).is_file() for name in ("benchmark", "tune"))
 
 
 @pytest.mark.parametrize("adapters", [1, 8, 64])

@@ -124,7 +124,8 @@ def representative():
     cases = [
         *itertools.product((80, 90), TYPES, (16,), (64,), (64,)),
         *itertools.product((80, 90), ("bfloat16",), (64, 128), (100,), (1,)),
-        (90, "bfloat16", 16, 64, 1),  # what csulora runs, however many adapters there are
+        # What csulora runs, however many adapters there are.
+        *((arch, "bfloat16", 16, 64, 1) for arch in (80, 90)),
     ]
     chosen = unique(c for case in cases for c in configurations(*case))
     chosen += [c for c in displacements(90, "bfloat16") if c["BLOCK_C"] == 32]
