@@ -18,6 +18,8 @@ from csulora.method.difference import Difference, energy_of
 OVERSAMPLING = 16
 # Stop when the energy of the leading k directions that is still missing is below this share of it.
 MISSING = 2e-4
+# A gain below this share of the largest energy is rounding.
+SETTLED = 1e-7
 # Past this share of the smaller side a dense decomposition costs no more than what is left to do; of a
 # small side it costs little anyway, and is exact.
 DENSE_SHARE, SMALL_SHARE, SMALL = 0.75, 0.5, 512
@@ -44,8 +46,8 @@ def top_triplets(
     Args: `rank` directions; or, with `energy_share` in (0, 1], as many as hold that share of
     ||D||_F^2 (`rank` is then only the block size). `generator` draws the start block on the CPU, so
     one seed gives the same result everywhere the products are deterministic.
-    Directions whose singular value is rounding noise (below max(m, n) eps S_0) are dropped: of a matrix
-    of lower rank, fewer come back.
+    Directions whose singular value is rounding noise (below max(m, n)^(1/2) eps S_0) are dropped: of a
+    matrix of lower rank, fewer come back.
     """
     wide = D.shape[0] < D.shape[1]
     T = D.mT if wide else D  # tall: the Krylov basis lives on the smaller side
@@ -76,17 +78,16 @@ def _krylov(
     images: list[Tensor] = []
     gram = torch.empty(0, 0, dtype=torch.float64, device=T.device)
     new = torch.randn(n, block, generator=generator, dtype=T.dtype).to(T.device)
-    captured: list[float] = []
+    seen: list[Tensor] = []
     while True:
         new = _orthonormal_against(new, basis)
         images.append(T @ new)
         basis = torch.cat([basis, new], dim=1)
         new = T.mT @ images[-1]
         gram = _grown(gram, (basis.mT @ new).double())
-        values = torch.linalg.eigvalsh(gram)
-        captured.append(_leading_energy(values.flip(0), rank, energy_share, total))
-        enough = energy_share is None or float(values.sum()) >= energy_share * total
-        if enough and _missing(captured) <= MISSING * captured[-1]:
+        seen.append(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0))
+        wanted = _wanted(seen[-1], rank, energy_share, total)
+        if _missing(seen, wanted) <= MISSING * float(seen[-1][:wanted].sum()):
             leading = torch.linalg.eigh(gram)[1].flip(1)[:, :columns]
             return _rayleigh_ritz(
                 basis.double() @ leading, torch.cat(images, dim=1).double() @ leading
@@ -106,28 +107,28 @@ def _grown(gram: Tensor, cross: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([cross[:done].mT, last], dim=1)], dim=0)
 
 
-def _leading_energy(values: Tensor, rank: int, energy_share: float | None, total: float) -> float:
-    """Energy of the leading directions that will be kept, the number that has to settle."""
+def _wanted(energies: Tensor, rank: int, energy_share: float | None, total: float) -> int:
+    """How many of the leading directions will be kept, as far as their energies are known by now."""
     if energy_share is None:
-        return float(values[:rank].clamp_min(0).sum())
-    # With a share, the count shrinks as the values settle; the leading half tells when they have.
-    count = max(1, int((values.cumsum(0) < energy_share * total).sum()) // 2)
-    return float(values[:count].sum()) / count
+        return rank
+    return int((energies.cumsum(0) < energy_share * total).sum()) + 1
 
 
-def _missing(captured: list[float]) -> float:
-    """Estimate of the energy that further blocks would add, from that after each block so far.
+def _missing(seen: list[Tensor], wanted: int) -> float:
+    """Estimate of the energy that further blocks would add to the leading directions.
 
-    Each block gains a smaller share of what is missing than a geometric series of the last two gains,
-    because Krylov iteration converges faster and faster.
+    seen: energies of all directions after each block so far. Each direction gains a smaller share of what
+    it misses than a geometric series of its last two gains, because Krylov iteration converges faster
+    and faster. They are looked at one by one: strong ones that settle hide that others have not.
     """
-    if len(captured) < 3:
+    if len(seen) < 3 or wanted > len(seen[-3]):
         return math.inf
-    first, second, third = captured[-3:]
+    first, second, third = (energies[:wanted] for energies in seen[-3:])
     before, gain = second - first, third - second
-    if gain >= before:
-        return math.inf if gain > 0 else 0.0
-    return max(gain, 0.0) ** 2 / (before - gain)
+    settled = gain <= SETTLED * third[0]
+    if bool((gain >= before)[~settled].any()):
+        return math.inf
+    return float((gain.square() / (before - gain))[~settled].sum())
 
 
 def _rayleigh_ritz(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +158,7 @@ def _orthonormal_against(new: Tensor, basis: Tensor) -> Tensor:
 
 
 def _count(S: Tensor, rank: int, energy_share: float | None, total: float, size: int) -> int:
-    noise = size * torch.finfo(torch.float32).eps * float(S[0])
+    noise = size**0.5 * torch.finfo(torch.float32).eps * float(S[0])
     above = int((S.gt(noise)).sum())
     if energy_share is None:
         return min(rank, above)

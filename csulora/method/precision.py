@@ -68,7 +68,9 @@ def solve_with_amplification(
     """`solve`, and how much `recompose` would amplify rounding errors."""
     grams, t = split_grams(projection)
     cores, figures = solve_grams(grams, correction)
-    return ungauged(cores, t), figures, amplification(grams, cores)
+    computing, storing = amplification(grams, cores)
+    computing = torch.where(figures.relative_change.isnan(), math.inf, computing)
+    return ungauged(cores, t), figures, Amplification(computing, storing)
 
 
 def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amplification:
@@ -211,16 +213,16 @@ def limits(
 
 
 def needs_float64(
-    squares_fit: Tensor, amplified: Amplification, limits: Sequence[Limits], identity: Tensor
+    squares_fit: Tensor, amplified: Amplification, limits: Sequence[Limits]
 ) -> Tensor:
     """(n) which modules float32 would spoil, or their own type would in a form that is not balanced.
 
     squares_fit: (n) bool, from `squares_fit_float32`.
-    identity: (n) bool, whether the strengths keep the module as it is: then only its figures count.
     """
     computing, storing = torch.tensor(limits, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    spoilt = (amplified.computing > computing) | (amplified.storing > storing)
-    return ~squares_fit | (spoilt & ~identity)
+    # Not "above": NaN is no number of which anything is known.
+    kept = (amplified.computing <= computing) & (amplified.storing <= storing)
+    return ~(squares_fit & kept)
 
 
 def _diagonal(X: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ serves one module or a stack of modules of one shape:
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ class Figures(NamedTuple):
     energy: Tensor  # (...)      ||BA||_F^2
     before: Tensor  # (..., 4)   relative energy of each block of BA
     after: Tensor  # (..., 4)   the same of B'A', relative to the energy of BA
-    relative_change: Tensor  # (...)      ||B'A' - BA||_F / ||BA||_F
+    # (...)      ||B'A' - BA||_F / ||BA||_F; NaN where rounding made a system singular
+    relative_change: Tensor
     rank_error: Tensor  # (...)      ||B'A' - exact||_F / ||exact||_F, 0 for exact
 
 
@@ -157,7 +159,7 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
     # A zero update has no relative energies; any core maps it to zero, so keep the identity.
     inverse_energy = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
     before = energies * inverse_energy
-    K = _block_cores(blocks, before, inverse_energy, correction)
+    K, unsolved = _block_cores(blocks, before, inverse_energy, correction)
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     if correction.form == "exact":
         result = K
@@ -178,6 +180,7 @@ def solve_grams(grams: Grams, correction: Correction) -> tuple[Cores, Figures]:
         rank_error = torch.where(exact > 0, misfit / exact, torch.zeros_like(exact)).sqrt()
     after = _energies_of(blocks, result) * inverse_energy
     change = _energies_of(blocks, result - eye).sum(0) * inverse_energy
+    change = torch.where(unsolved, math.nan, change)
     figures = Figures(
         energy, before.movedim(0, -1), after.movedim(0, -1), change.sqrt(), rank_error
     )
@@ -296,22 +299,30 @@ def _energies_of(blocks: Grams, K: Tensor) -> Tensor:
 
 def _block_cores(
     blocks: Grams, before: Tensor, inverse_energy: Tensor, correction: Correction
-) -> Tensor:
-    """K of the four blocks, (4, ..., r, r)."""
+) -> tuple[Tensor, Tensor]:
+    """K of the four blocks, (4, ..., r, r), and where a system for one could not be solved, (...).
+
+    That can be where float32 Gram matrices hold little of an update whose columns cancel.
+    """
     eye = torch.eye(blocks.B.shape[-1], dtype=blocks.B.dtype, device=blocks.B.device)
     bounded = [min(strength, REMOVES) for strength in correction.strengths]
-    strengths = before.new_tensor(bounded).reshape(-1, *[1] * inverse_energy.dim())
+    # Whole blocks are removed below.
+    solved = [strength if strength < REMOVES else 0.0 for strength in bounded]
+    strengths = before.new_tensor(solved).reshape(-1, *[1] * inverse_energy.dim())
+    unsolved = torch.zeros_like(inverse_energy, dtype=torch.bool)
     if correction.granularity == "component":
         K = eye * (1 / (1 + strengths * before))[..., None, None]
     elif correction.granularity == "direction":
         scale = (strengths * inverse_energy)[..., None, None]
-        K = torch.linalg.inv(eye + scale * (blocks.A @ blocks.B))
+        K, failed = torch.linalg.inv_ex(eye + scale * (blocks.A @ blocks.B))
+        unsolved = (failed != 0).any(0)
+        K = torch.where((failed != 0)[..., None, None], torch.zeros_like(K), K)
     else:
         raise NotImplementedError(correction.granularity)
     for block, strength in enumerate(bounded):
         if strength == REMOVES:  # the limit, also for an empty block
             K[block] = 0
-    return K
+    return K, unsolved
 
 
 def _fit_same_rank(

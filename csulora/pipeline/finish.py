@@ -46,7 +46,7 @@ def finish(plan: Plan, solved: Solved) -> tuple[LoraAdapter, Report]:
     modules: dict[str, LoraModule] = {}
     for i in solved.order:
         member, into = plan.members[i], memory[i]
-        pair = _factors(member, i, solved, careful, into if plan.only_rounds(member) else None)
+        pair = _factors(plan, i, solved, careful, into if plan.only_rounds(member) else None)
         modules[member.name] = _module(plan, member, pair, portable_rank, into)
     ordered = {name: modules[name] for name in plan.source.modules}
     new = replace(plan.source, modules=ordered, made=_made(plan, report))
@@ -109,12 +109,15 @@ def _in_float64(
     return in_float64.realign(B, A, U, V, member.spectrum, member.correction, limit)
 
 
-def _factors(member: Member, i: int, solved: Solved, careful: Careful, into: Pair | None) -> Pair:
+def _factors(plan: Plan, i: int, solved: Solved, careful: Careful, into: Pair | None) -> Pair:
     """B' and A' of a member in whatever type they were computed in."""
+    member = plan.members[i]
+    B, A = member.module.B, member.module.A
     if member.dropped:
-        return torch.zeros_like(member.module.B), torch.zeros_like(member.module.A)
-    if member.correction.is_identity:
-        return member.module.B, member.module.A
+        return torch.zeros_like(B), torch.zeros_like(A)
+    same_types = plan.dtypes(member) == (B.dtype, A.dtype) and not plan.portable
+    if member.correction.is_identity and (same_types or i not in careful):
+        return B, A
     if i in careful:
         return careful[i].factors(member.rank)
     return solved.factors(i, into)
@@ -131,21 +134,30 @@ def _module(
     if portable_rank is not None:
         new = new.portable(portable_rank)
         B, A = new.B, new.A
-    if torch.float16 in (into[0].dtype, into[1].dtype) and not _as_it_is(member, pair, A):
+    if torch.float16 in (into[0].dtype, into[1].dtype) and not (
+        _leaves_B(member, pair)
+        and _holds(into[0], B.mT, as_stored=B is old.B)
+        and _holds(into[1], A, as_stored=A is old.A)
+    ):
         B, A = balance(B, A)
     store(member.name, B, A, into, scaled=plan.portable)
     return LoraModule(into[1], into[0], new.alpha, new.scaling, new.embedding)
 
 
-def _as_it_is(member: Member, pair: Pair, A: Tensor) -> bool:
-    """Whether factors go into float16 without a change of gauge: B is to stay where A fits."""
-    if member.correction.is_identity:
+def _leaves_B(member: Member, pair: Pair) -> bool:
+    """Whether the result is one of which B is to stay as it is, where that costs nothing."""
+    realigned = isinstance(member.correction, Realignment) and pair[0] is member.module.B
+    return member.correction.is_identity or realigned
+
+
+def _holds(into: Tensor, rows: Tensor, *, as_stored: bool) -> bool:
+    """Whether the type of `into` holds rows (r, d) of a factor without a change of gauge.
+
+    as_stored: they are the source's own.
+    """
+    if into.dtype != torch.float16 or (as_stored and rows.dtype == into.dtype):
         return True
-    return (
-        isinstance(member.correction, Realignment)
-        and pair[0] is member.module.B
-        and fits_float16(A)
-    )
+    return fits_float16(rows)
 
 
 def _has_nothing_to_realign(member: Member) -> bool:

@@ -54,14 +54,8 @@ class Gathered(NamedTuple):
 
     def needs_float64(self, plans: Sequence[Plan]) -> Tensor:
         """(n) bool, see `csulora.method.precision.needs_float64`, for the members of these plans."""
-        members = [(plan, member) for plan in plans for member in plan.members]
-        identity = [member.correction.is_identity for _, member in members]
-        return needs_float64(
-            self.squares_fit,
-            self.amplified,
-            [plan.limits(member) for plan, member in members],
-            torch.tensor(identity, dtype=torch.bool),
-        )
+        limits = [plan.limits(member) for plan in plans for member in plan.members]
+        return needs_float64(self.squares_fit, self.amplified, limits)
 
 
 def overflow(name: str) -> CsuloraError:
