@@ -197,21 +197,38 @@ def _product(value: float, ratio: Fraction | float) -> float:
 def _with_keys(
     where: str, scaled: Pattern, values: Mapping[str, float], usual: Collection[str]
 ) -> Pattern:
-    """The scaled pattern with keys for names that are to have other values before the others."""
+    """The scaled pattern with keys for names that are to have other values before the others.
+
+    PEFT takes the first key that matches, and sorts them whenever it saves an adapter. Where that would
+    change a value each name that any key matches gets a key of its own, in place of the user's.
+    """
     special = {name: value for name, value in values.items() if not _same(scaled(name), value)}
     if not special:
         return scaled
     others = {*usual, *values} - special.keys()
+    wanted = {name: scaled(name) for name in others} | special
     keys = _keys(special, others)
     rest = {key: value for key, value in scaled.values.items() if key not in keys}
     final = Pattern(where, scaled.field, keys | rest, scaled.default)
-    for name in (*special, *others):
-        if not _same(final(name), special[name] if name in special else scaled(name)):
-            raise CsuloraError(
-                f"{where}: no key of {scaled.field} tells {name} from all other modules, so its "
-                "scaling cannot be kept"
-            )
+    if _differing(Pattern(where, scaled.field, _sorted(final.values), scaled.default), wanted):
+        matched = {name: wanted[name] for name in others if scaled.key(name) is not None}
+        keys = _keys(special | matched, others - matched.keys())
+        final = Pattern(where, scaled.field, keys, scaled.default)
+    if name := _differing(final, wanted):
+        raise CsuloraError(
+            f"{where}: no key of {scaled.field} tells {name} from all other modules, so its "
+            "scaling cannot be kept"
+        )
     return final
+
+
+def _sorted(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: values[key] for key in sorted(values)}
+
+
+def _differing(pattern: Pattern, wanted: Mapping[str, float]) -> str | None:
+    """A name to which a pattern gives another value than this."""
+    return next((name for name in wanted if not _same(pattern(name), wanted[name])), None)
 
 
 def _keys(values: Mapping[str, float], others: Iterable[str]) -> dict[str, float]:
