@@ -29,7 +29,16 @@ MATRICES = {
     "exponential": lambda: with_spectrum(700, 600, lambda i: torch.exp(-i / 30)),
     "two scales": lambda: with_spectrum(700, 600, lambda i: torch.where(i < 9, 1e3, 1.0)),
     "tiny": lambda: gaussian(9, 5),
+    "strong ones before noise": lambda: spiked(700, 1100, 8, 8.0),
+    "one before noise": lambda: spiked(900, 600, 1, 30.0),
+    "many before noise": lambda: spiked(640, 640, 40, 5.0),
 }
+
+
+def spiked(m, n, count, size):
+    """Noise, and directions that stand so many times above its edge."""
+    strong = size * (m**0.5 + n**0.5) * orthonormal(m, count, 1) @ orthonormal(n, count, 2).mT
+    return gaussian(m, n) + strong.float()
 
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
@@ -74,15 +83,31 @@ def test_directions_of_a_low_rank_matrix_end_at_its_rank():
     assert top_triplets(D, torch.Generator().manual_seed(0), rank=64).S.shape == (5,)
 
 
+def test_small_directions_of_a_large_vocabulary_are_no_rounding():
+    spectrum = torch.full((24,), 1e-3)
+    spectrum[0] = 1
+    D = (orthonormal(60_000, 24, 1).float() * spectrum) @ orthonormal(24, 24, 2).float().mT
+    S = top_triplets(D, torch.Generator().manual_seed(0), rank=8).S
+    torch.testing.assert_close(S, spectrum[:8], rtol=1e-3, atol=0)
+    S = top_triplets(D, torch.Generator().manual_seed(0), rank=8, energy_share=1 - 5.5e-6).S
+    assert len(S) == 19
+
+
+@pytest.mark.parametrize("rank", [4, 32])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("kind", ["gaussian, tall", "power law", "exponential"])
-def test_energy_share_takes_as_many_directions_as_needed(kind, share):
+@pytest.mark.parametrize(
+    "kind",
+    ["gaussian, tall", "slow power law", "power law", "exponential", "strong ones before noise"],
+)
+def test_energy_share_takes_as_many_directions_as_needed(kind, share, rank):
     D = MATRICES[kind]()
-    S = top_triplets(D, torch.Generator().manual_seed(0), rank=32, energy_share=share).S
+    U, S, _, _ = top_triplets(D, torch.Generator().manual_seed(0), rank=rank, energy_share=share)
     exact = torch.linalg.svdvals(D.double()).square()
     needed = int((exact.cumsum(0) / exact.sum() < share).sum()) + 1
     # The estimate errs only by directions whose energy it has to within 0.1 %.
     assert abs(S.shape[0] - needed) <= max(1, 0.01 * needed)
+    held = float((U.double().mT @ D.double()).square().sum())
+    assert held >= 0.999 * float(exact[: len(S)].sum())
 
 
 def write_checkpoint(folder, weights, model_type="llama", **config):

@@ -112,9 +112,13 @@ def rename(folder, old, new):
 
 
 def check(build, folder, out, new, subspace, moved=()):
-    """The output by PEFT, module by module: the oracle's update, or the source's of what is copied."""
+    """The output by PEFT, module by module: the oracle's update, or the source's of what is copied.
+
+    Also after PEFT has saved it anew.
+    """
     new.save(out)
     before, after = updates(build(), folder), updates(build(), out)
+    saved_anew(build(), out, out.with_name(f"{out.name} anew"), after)
     assert before.keys() == after.keys()
     for name, dW in before.items():
         own = name
@@ -127,6 +131,15 @@ def check(build, folder, out, new, subspace, moved=()):
         assert float((after[name] - wanted).norm()) <= 1e-5 * float(dW.norm()), name
         assert float(dW.norm()) > 0
     return before
+
+
+def saved_anew(model, out, again, wanted):
+    """What PEFT saves of an output that it has loaded, keys sorted, means the same."""
+    loaded = peft.PeftModel.from_pretrained(model, out)
+    loaded.save_pretrained(again)
+    found = updates(loaded.unload(), again)
+    for name, dW in wanted.items():
+        torch.testing.assert_close(found[name], dW, rtol=1e-5, atol=1e-6)
 
 
 def partly(adapter, subspace, left):
@@ -348,6 +361,7 @@ def test_random_patterns(tmp_path, others):
         for name in before:
             wanted = before if name in left else whole
             torch.testing.assert_close(after[name], wanted[name], rtol=1e-5, atol=1e-6)
+        saved_anew(Nested(), tmp_path / f"partly{i}", tmp_path / f"anew{i}", after)
 
 
 def test_layers_pattern_and_transformed_layers(tmp_path):

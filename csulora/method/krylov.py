@@ -18,6 +18,9 @@ from csulora.method.difference import Difference, energy_of
 OVERSAMPLING = 16
 # Stop when the energy of the leading k directions that is still missing is below this share of it.
 MISSING = 2e-4
+# Nor before the last block gained less than this: where more directions are alike than a block has, the
+# gains pause before they rise again.
+LAST_GAIN = 2e-3
 # A gain below this share of the largest energy is rounding.
 SETTLED = 1e-7
 # Past this share of the smaller side a dense decomposition costs no more than what is left to do; of a
@@ -126,7 +129,7 @@ def _missing(seen: list[Tensor], wanted: int) -> float:
     first, second, third = (energies[:wanted] for energies in seen[-3:])
     before, gain = second - first, third - second
     settled = gain <= SETTLED * third[0]
-    if bool((gain >= before)[~settled].any()):
+    if bool((gain >= before)[~settled].any()) or gain.sum() > LAST_GAIN * third.sum():
         return math.inf
     return float((gain.square() / (before - gain))[~settled].sum())
 

@@ -13,6 +13,8 @@ from csulora.method import realign
 from csulora.method.rank_fit import dot
 from csulora.method.realign import Shift, Spectrum
 from csulora.method.stages import (
+    LEFT,
+    RIGHT,
     Cores,
     Figures,
     Grams,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 # Amplifications up to which float32 arithmetic keeps to 1e-5 and a half type to 2 of its ulp.
 COMPUTING_LIMIT = 4.0
 STORING_LIMIT = 3.0
+# Errors of cores, against those limits: Gram matrices are sums, whose roundoff averages out.
+CORE_WEIGHT = 0.2
 # Of a shift, whose estimate is closer: 1,800 random problems, the columns of B up to 1,000 times apart,
 # had at most 3.3e-7 error per unit. Where a half type is written, the arithmetic may lose more.
 SHIFT_LIMIT = 25.0
@@ -68,25 +72,60 @@ def solve_with_amplification(
     """`solve`, and how much `recompose` would amplify rounding errors."""
     grams, t = split_grams(projection)
     cores, figures = solve_grams(grams, correction)
-    computing, storing = amplification(grams, cores)
-    computing = torch.where(figures.relative_change.isnan(), math.inf, computing)
-    return ungauged(cores, t), figures, Amplification(computing, storing)
+    return ungauged(cores, t), figures, amplification(grams, cores, figures)
 
 
-def amplification(grams: Grams, cores: Cores, used: Tensor | None = None) -> Amplification:
-    """How much `recompose` would amplify rounding errors, for cores that `solve_grams` found.
+def amplification(
+    grams: Grams, cores: Cores, figures: Figures, used: Tensor | None = None
+) -> Amplification:
+    """How much `recompose` would amplify rounding errors, for what `solve_grams` found.
 
     used: (..., r), False for columns that are padding.
     """
     G_B, G_A = grams
     energy, squares, stored = (_of_exact if cores.X_in is None else _of_same)(grams, cores)
     inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
-    computing, storing = ((X.sum(-1) * inverse).sqrt() for X in (squares, stored))
+    squares = squares.sum(-1) * inverse + _of_relative_energies(grams, figures)
+    computing, storing = squares.sqrt(), (stored.sum(-1) * inverse).sqrt()
+    computing = torch.where(figures.relative_change.isnan(), math.inf, computing)
     if cores.X_in is not None:
         # The fit divides by its systems; where they are singular it divides rounding errors by noise.
         computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
     computing = torch.where(_cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
     return Amplification(computing, storing)
+
+
+def _of_relative_energies(grams: Grams, figures: Figures) -> Tensor:
+    """What rounding of Gram matrices does to the result (...) by way of the cores, squared and relative.
+
+    The more a block is attenuated, the more its core follows its relative energy, which is as far off as
+    the Gram matrices are: outside the subspace by roundoff of the whole, of which they are differences.
+    """
+    G_B, G_A = grams
+    errors = torch.stack(
+        [
+            _squared(_roundoff(G_B, LEFT), G_A[RIGHT]),
+            _squared(_roundoff(G_A, RIGHT), G_B[LEFT]),
+        ]
+    ).sum(0)
+    before, after = (X.movedim(-1, 0) for X in (figures.before, figures.after))
+    energies = (before * figures.energy).square()
+    errors = torch.where(energies > 0, errors / energies, 0.0)
+    kept = torch.where(before > 0, after / before, 1.0).clamp(0, 1).sqrt()
+    total = after.sum(0)
+    shares = torch.where(total > 0, after / total, 0.0)
+    return CORE_WEIGHT**2 * (shares * (1 - kept).square() * errors).sum(0)
+
+
+def _roundoff(G: Tensor, sides: list[int]) -> Tensor:
+    """Roundoff of each column (4, ..., r) in the Gram matrices of the blocks, in its units."""
+    inside, whole = _diagonal(G[0]), _diagonal(G.sum(0))
+    return torch.stack([(inside * whole).sqrt(), whole])[sides]
+
+
+def _squared(errors: Tensor, G: Tensor) -> Tensor:
+    """Squared error (4, ...) of <X, G>, where entry i, j of X is off by (errors_i errors_j)^(1/2)."""
+    return (errors[..., None] * errors[..., None, :] * G.square()).sum((-2, -1))
 
 
 def _of_exact(grams: Grams, cores: Cores) -> tuple[Tensor, Tensor, Tensor]:

@@ -278,7 +278,7 @@ def _amplification(own: _Found, correction: Method) -> Amplification:
     X_in, X_out = (None if X is None else _finite(X) for X in (cores.X_in, cores.X_out))
     solved = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out))
     grams = Grams(*torch.stack([inside, outside], dim=1))
-    return amplification(grams, solved, own.used)
+    return amplification(grams, solved, _figures(cores), own.used)
 
 
 def _finite(X: Tensor) -> Tensor:

@@ -90,3 +90,19 @@ def test_an_ordinary_module_takes_the_fast_path():
             correction = csulora.Correction(form=form)
             *_, amplification = solve_with_amplification(projection, correction)
             assert max(map(float, amplification)) < COMPUTING_LIMIT / 2
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("outside", [3e-3, 1e-3, 5e-4])
+@pytest.mark.parametrize("shape", [(64, 64, 1, 1), (16, 64, 2, 1), (64, 16, 1, 4), (16, 16, 4, 1)])
+def test_cores_follow_energies_that_float32_holds_no_digits_of(shape, outside, granularity):
+    """A lies nearly in the subspace, and what is outside of it decides about the strength there."""
+    for seed in range(12):
+        B, A, U, V = factors(*shape, seed=seed)
+        U, V = U.float(), V.float()
+        A = (A @ V.double()) @ V.double().mT + outside * A
+        strengths = (0, 1e3, [1e2, 1e4][seed % 2], 1e4)
+        B, A = B.float(), A.float()
+        wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
+        module, _ = corrected(B, A, U, V, csulora.Correction(*strengths, granularity))
+        assert relative_error(module, wanted) <= TOLERANCES[torch.float32]

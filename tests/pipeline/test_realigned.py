@@ -8,7 +8,7 @@ from problems import factors, truth, update
 from tolerances import TOLERANCES
 
 import csulora
-from csulora import Realignment
+from csulora import Correction, Realignment
 from csulora.settings import FORMS
 from csulora.subspace import Origin
 
@@ -22,13 +22,13 @@ def basis_of(U, V, share=0.9, size=1.0):
     return csulora.ModuleSubspace(U.float(), S, V.float(), share)
 
 
-def module_of(B, A):
-    return csulora.LoraModule(A=A, B=B, alpha=SCALING * B.shape[1], scaling=SCALING)
+def module_of(B, A, scaling=SCALING):
+    return csulora.LoraModule(A=A, B=B, alpha=scaling * B.shape[1], scaling=scaling)
 
 
-def run(B, A, basis, settings, **options):
+def run(B, A, basis, settings, scaling=SCALING, **options):
     """The new module and the report, of an adapter of one module."""
-    module = module_of(B, A)
+    module = module_of(B, A, scaling)
     subspace = csulora.SafetySubspace({NAME: basis}, Origin("base", "aligned", "", "", 0))
     config = {"peft_type": "LORA", "r": B.shape[1], "lora_alpha": module.alpha}
     adapter = csulora.LoraAdapter({NAME: module}, config)
@@ -116,6 +116,22 @@ def test_float16_moves_b_only_where_a_would_not_fit():
     assert not torch.equal(module.B, B)
     error = relative_error(module, wanted_of(B, A, basis, settings))
     assert error <= TOLERANCES[torch.float16]
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "settings", [Realignment(edge=False), Realignment(0), Correction(0, 0, 0, 0)], ids=str
+)
+def test_a_small_b_that_stays_keeps_its_digits_in_float16(settings, dtype, size):
+    """Also where the portable form multiplies it by a small scaling."""
+    B, A, U, V = factors(64, 48, 4, 12)
+    B, A, basis = (size * B).to(dtype), (1e-2 * A).to(dtype), basis_of(U, V, size=1e-3 * size)
+    for scaling, options in ((1.0, {"dtype": torch.float16}), (1 / 16, {"portable": True})):
+        module, _ = run(B, A, basis, settings, scaling, **options)
+        old = module_of(B, A, scaling)
+        wanted = update(old) if settings.is_identity else truth(old, basis, settings)
+        assert relative_error(module, wanted) <= TOLERANCES[module.B.dtype]
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"portable": True}])
