@@ -119,6 +119,11 @@ def _select(
     Raises CsuloraError for a name that no weight has.
     """
     if like is not None:
+        if not like.modules:
+            raise CsuloraError(
+                f"{like.source.folder if like.source else 'the adapter'}: none of its tensors is a LoRA "
+                "update on a linear weight, so that it names no modules"
+            )
         known = base.weights.keys() | base.promised.keys()
         matches = match_layouts(like.modules, known, str(base.folder), _remedy(base, like.modules))
         selected = {

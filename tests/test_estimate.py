@@ -6,6 +6,7 @@ import sys
 import threading
 from dataclasses import replace
 
+import builders
 import pytest
 import torch
 from builders import orthonormal, with_spectrum
@@ -108,6 +109,13 @@ def test_energy_share_takes_as_many_directions_as_needed(kind, share, rank):
     assert abs(S.shape[0] - needed) <= max(1, 0.01 * needed)
     held = float((U.double().mT @ D.double()).square().sum())
     assert held >= 0.999 * float(exact[: len(S)].sum())
+
+
+def test_an_adapter_that_names_no_modules_is_told_by_name(tmp_path):
+    folders = [write_checkpoint(tmp_path / name, layer(i)) for i, name in enumerate("ab")]
+    adapter = builders.write_adapter(tmp_path / "adapter", use_dora=True)
+    with pytest.raises(CsuloraError, match="adapter: none of its tensors is a LoRA update"):
+        estimate(*folders, like=adapter)
 
 
 def write_checkpoint(folder, weights, model_type="llama", **config):

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from csulora.cli import options
 from csulora.cli.signals import Ended, raised
@@ -81,9 +82,16 @@ def _unforeseen(error: Exception, arguments: argparse.Namespace) -> str:
     return f"{files}: {text} ({TRACEBACK}=1 shows where)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """What is wrong with a call is one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"csulora: error: {one_line(message)} ({self.prog} --help tells more)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function from arguments to an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="csulora",
         description="Repair the safety of LoRA adapters after training, in closed form.",
         epilog=EXAMPLES,

@@ -349,10 +349,15 @@ def _add_subspace(parser: Any) -> None:
 
 def _size(text: str) -> int:
     factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(text[-1:].upper())
-    number = float(text if factor is None else text[:-1])
-    if not 1 <= number * (factor or 1) < 1 << 63:
-        raise ValueError(text)
-    return int(number * (factor or 1))
+    try:
+        number = float(text if factor is None else text[:-1]) * (factor or 1)
+    except ValueError:
+        number = 0
+    if not 1 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(
+            f"a number of bytes is wanted, as 512M or 4G, not {text!r}"
+        )
+    return int(number)
 
 
 def _add_backend(group: Group) -> None:

@@ -42,6 +42,7 @@ def targets(*arguments):
         ("in/b/*/*/checkpoint-*", ["deep/z/checkpoint-5"]),
         ("**", ["elsewhere/e", "in/a/x", "in/a/y", "in/b/deep/z", "in/c"]),
         ("in/a/x", ["x"]),
+        ("in/a/x/**", ["x"]),  # no folder, too; what lies within an adapter is not taken for one
         ("in/link/e", ["e"]),
     ],
 )
