@@ -7,7 +7,7 @@ import hashlib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -126,8 +126,9 @@ def _select(
             )
         known = base.weights.keys() | base.promised.keys()
         matches = match_layouts(like.modules, known, str(base.folder), _remedy(base, like.modules))
+        told = _is_told(base, matches, like)
         selected = {
-            target: _like_is_transposed(base, target, like, name)
+            target: _like_is_transposed(base, target, like, name, told)
             for name, target in matches.items()
         }
     else:
@@ -193,7 +194,24 @@ def _is_conv1d(base: Checkpoint, name: str) -> bool:
     return base.config.get("model_type") in _CONV1D_MODELS and leaf in _CONV1D_LAYERS
 
 
-def _like_is_transposed(base: Checkpoint, target: str, like: LoraAdapter, name: str) -> bool:
+def _is_told(base: Checkpoint, matches: Mapping[str, str], like: LoraAdapter) -> bool:
+    """Whether `fan_in_fan_out` speaks for all modules, as far as the shapes of oblong ones tell.
+
+    PEFT leaves in it what the last module wanted. Output heads are linear layers everywhere.
+    """
+    flag = bool(like.config.get("fan_in_fan_out"))
+    for name, target in matches.items():
+        module, weight = like.modules[name], base.weights.get(target)
+        shape = module.B.shape[0], module.A.shape[1]
+        tells = shape[0] != shape[1] and not module.embedding and not ends_with(name, "lm_head")
+        if tells and weight is not None and (weight.shape != shape) != flag:
+            return False
+    return True
+
+
+def _like_is_transposed(
+    base: Checkpoint, target: str, like: LoraAdapter, name: str, told: bool
+) -> bool:
     module = like.modules[name]
     shape = (module.B.shape[0], module.A.shape[1])
     _check_stored(base, target)
@@ -208,7 +226,13 @@ def _like_is_transposed(base: Checkpoint, target: str, like: LoraAdapter, name: 
     if module.embedding:
         return False  # estimated as it is stored, so that `modules` gives the same
     if shape[0] == shape[1]:
-        return bool(like.config.get("fan_in_fan_out")) or _is_conv1d(base, target)
+        if not told and base.config.get("model_type") not in _CONV1D_MODELS:
+            weight = base.weights[target]
+            raise CsuloraError(
+                f"{weight.file}: tensor {weight.name} is square, and whether it is stored as (d_in, "
+                "d_out) cannot be told: the adapter's fan_in_fan_out is not true of its other modules"
+            )
+        return (told and bool(like.config.get("fan_in_fan_out"))) or _is_conv1d(base, target)
     return stored != shape
 
 

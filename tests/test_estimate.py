@@ -235,6 +235,45 @@ def test_conv1d_weights_are_turned_whoever_knows_about_it(tmp_path, model_type):
             assert float(error) <= 2e-2  # the two subspaces differ by what the estimate may miss
 
 
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt2", "unheard-of"])
+def test_a_square_weight_beside_others_of_both_layouts(tmp_path, model_type, flag):
+    """PEFT leaves in `fan_in_fan_out` what the last module wanted, so it may be untrue of all others."""
+    from csulora import correct
+
+    # As stored: two Conv1D layers, a linear one, and an output head, which says nothing of the others.
+    shapes = {"c_fc": (40, 96), "c_proj": (40, 40), "up": (64, 40), "lm_head": (120, 40)}
+    turned = {"c_fc", "c_proj"}
+    base = {n: gaussian(*shape) for n, shape in shapes.items()}
+    aligned = {n: W + gaussian(*W.shape) for n, W in base.items()}
+    folders = (
+        write_checkpoint(tmp_path / "b", base, model_type),
+        write_checkpoint(tmp_path / "a", aligned, model_type),
+    )
+
+    def adapter(*names):
+        own = {n: shapes[n][::-1] if n in turned else shapes[n] for n in names}
+        return lora(own, fan_in_fan_out=flag)
+
+    mixed, known = adapter(*shapes), model_type == "gpt2"
+    if known:
+        found = estimate(*folders, rank=4, like=mixed).modules
+        assert {n for n, m in found.items() if m.fan_in_fan_out} == turned
+    else:
+        with pytest.raises(
+            CsuloraError, match=r"c_proj.weight is square, and whether it is stored"
+        ):
+            estimate(*folders, rank=4, like=mixed)
+    plain = estimate(*folders, rank=4, modules=list(shapes))
+    if known or not flag:
+        assert (len(correct(adapter("up", "lm_head", "c_proj"), plain)[0].modules)) == 3
+    else:
+        with pytest.raises(CsuloraError, match=r"c_proj: .* that of c_fc is, that of up is not"):
+            correct(mixed, plain)
+        # Alone with what is turned as it is, or with the head, it can be told.
+        assert len(correct(adapter("c_fc", "c_proj", "lm_head"), plain)[0].modules) == 3
+
+
 def test_an_embedding_is_estimated_as_it_is_stored_and_has_to_be_of_its_size(tmp_path):
     """Whoever asks for it, square or not; a vocabulary that training resized fits no checkpoint."""
     shapes = {"tokens": (40, 12), "square": (12, 12)}

@@ -175,10 +175,7 @@ def _members(
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
     matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
-    turned = bool(adapter.config.get("fan_in_fan_out")) and any(
-        _is_turned(module, subspace.modules[matches[name]])
-        for name, module in adapter.modules.items()
-    )
+    turned = bool(adapter.config.get("fan_in_fan_out")) and _are_turned(adapter, subspace, matches)
     head = next((name for name in adapter.modules if ends_with(name, "lm_head")), None)
     strengths = correction.own_strengths([*adapter.modules])
     return tuple(
@@ -233,6 +230,30 @@ def _is_tied(module: LoraModule, head: LoraModule) -> bool:
     return (
         module.embedding and torch.equal(module.A, head.B.mT) and torch.equal(module.B, head.A.mT)
     )
+
+
+def _are_turned(adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]) -> bool:
+    """Whether U and V go into each other's place where `fan_in_fan_out` is set, as oblong modules tell.
+
+    Raises CsuloraError for a square module beside others of which only some are stored that way.
+    """
+    turned, as_they_are, square = [], [], []
+    for name, module in adapter.modules.items():
+        found = subspace.modules[matches[name]]
+        if module.embedding or found.fan_in_fan_out:
+            continue  # known
+        if module.B.shape[0] == module.A.shape[1]:
+            square.append(name)
+        elif _is_turned(module, found):
+            turned.append(name)
+        elif not ends_with(name, "lm_head"):  # linear everywhere
+            as_they_are.append(name)
+    if turned and as_they_are and square:
+        raise CsuloraError(
+            f"{square[0]}: its weight is square, and whether it is stored as (d_in, d_out) cannot be "
+            f"told: that of {turned[0]} is, that of {as_they_are[0]} is not"
+        )
+    return bool(turned)
 
 
 def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
