@@ -26,6 +26,7 @@ def alternate(G_B: Tensor, G_A: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
     fit = _Fit.of(*(X.reshape(X.shape[0], -1, *shape[-2:]) for X in (G_B, G_A, K)))
     # A start at K_A = K_pq is never better, and stuck at zero where a partial block is removed whole.
     K_A = torch.eye(shape[-1], dtype=K.dtype, device=K.device).repeat(fit.C.shape[0], 1, 1)
+    _use_spare(K_A, fit.G_Ap + fit.G_Aq)
     K_B = torch.zeros_like(K_A)
     start = K_A.clone()
     previous = K.new_full(K_A.shape[:1], math.inf)
@@ -46,6 +47,19 @@ def alternate(G_B: Tensor, G_A: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
         if not active.numel():
             break
     return K_A.reshape(shape), K_B.reshape(shape)
+
+
+def _use_spare(K_A: Tensor, G_A: Tensor) -> None:
+    """Start rows of A' that are zero at the outer part of the first rows, in place.
+
+    Zero is a stationary point, at which the rank that they leave is never used. Rows are zero where
+    factors of lower rank have been balanced, by which the first ones are the largest.
+    """
+    used = G_A.diagonal(dim1=-2, dim2=-1) > 0
+    for i in (~used.all(-1)).nonzero().flatten().tolist():
+        spare, first = ((~used[i]).nonzero().flatten(), used[i].nonzero().flatten())
+        n = min(len(spare), len(first))
+        K_A[i, spare[:n], first[:n]] = 1
 
 
 def dot(X: Tensor, Y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tolerances import TOLERANCES
 
 import csulora
 from csulora.method.precision import COMPUTING_LIMIT, solve_with_amplification
-from csulora.method.stages import project
+from csulora.method.stages import project, solve
 from csulora.settings import FORMS, GRANULARITIES
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -106,3 +106,22 @@ def test_cores_follow_energies_that_float32_holds_no_digits_of(shape, outside, g
         wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
         module, _ = corrected(B, A, U, V, csulora.Correction(*strengths, granularity))
         assert relative_error(module, wanted) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("strengths", [(0, 3, 3, 3), (0, 1e3, 1e3, 1e3), (1e3, 3, 3, 0)])
+@pytest.mark.parametrize("r", [4, 8, 16])
+@pytest.mark.parametrize("kind", ["double", "zero"])
+def test_same_uses_the_rank_that_dependent_columns_leave(kind, r, strengths):
+    """As well as the fit does that knows nothing of them, in float64."""
+    for seed in range(4):
+        B, A, U, V = (X.float() for X in factors(64, 48, r, 2, seed=seed))
+        B[:, -1] = B[:, 0] if kind == "double" else 0
+        method = csulora.Correction(*strengths, form="same")
+        module, report = corrected(B, A, U, V, method)
+        plain = project(*(X.double() for X in (B, A, U, V)))
+        wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, "direction")
+        known = float(solve(plain, method)[1].rank_error)
+        assert report.rank_error == pytest.approx(
+            relative_error(module, wanted), rel=1e-2, abs=1e-5
+        )
+        assert report.rank_error <= 1.2 * known + 1e-6
