@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
 
 
 # 843.9 million sectors of 32 bytes, by ncu, in the 3.87 ms of project at N = 64 (docs/kernels.md).
-L2 = 6.9e12
+L2 = 7.0e12
 GPUS = {
     "h100": Gpu("H100 SXM", 3.35e12, L2, 989e12, 1.83e9),
     "h200": Gpu("H200 SXM", 4.8e12, L2, 989e12, 1.83e9),

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,16 +81,19 @@ def run(step: Step, out: Path, deadline: float) -> dict[str, object]:
     with (out / f"{step.name}.log").open("w") as log:
         if limit > 0:
             try:
-                code = subprocess.run(
+                process = subprocess.Popen(
                     step.command,
                     cwd=HERE.parent,
                     env={**os.environ, "PYTHONPATH": paths},
                     stdout=log,
                     stderr=log,
-                    timeout=limit,
-                ).returncode
+                    start_new_session=True,
+                )
+                code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                pass
+                # With what it started: workers of the tests would stay on the GPU.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             except OSError as error:
                 log.write(f"{error}\n")
     return {"step": step.name, "code": code, "seconds": round(time.monotonic() - begin, 1)}

@@ -166,16 +166,24 @@ def otherwise(key: str, found: object, wanted: object) -> str:
     """In words which part of a report is not what it should be; of settings also each that differs."""
     if key != "settings" or not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
         return PARTS[key]
-    names = [n for n in {**found, **wanted} if _value(found.get(n)) != _value(wanted.get(n))]
+    names = [n for n in {**found, **wanted} if not _alike_setting(found.get(n), wanted.get(n))]
     if "method" in names:  # the others of another method say nothing
         names = ["method"]
     values = [f"{n} {_value(found.get(n))}, now {_value(wanted.get(n))}" for n in names]
     return f"{PARTS[key]} ({'; '.join(values)})"
 
 
+def _alike_setting(found: object, wanted: object) -> bool:
+    """Whether two values of one setting are equal; of patterns also their order."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return list(found.items()) == list(wanted.items())
+    return found == wanted
+
+
 def _value(setting: object) -> str:
-    """As JSON, in which the order of patterns shows."""
-    return "none" if setting is None else json.dumps(setting).strip('"')
+    if setting is None:
+        return "none"
+    return setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
 
 
 def _patterns(part: object) -> list[str]:

@@ -203,13 +203,13 @@ def _with_keys(
     change a value each name that any key matches gets a key of its own, in place of the user's.
     """
     special = {name: value for name, value in values.items() if not _same(scaled(name), value)}
-    if not special:
-        return scaled
     others = {*usual, *values} - special.keys()
     wanted = {name: scaled(name) for name in others} | special
-    keys = _keys(special, others)
-    rest = {key: value for key, value in scaled.values.items() if key not in keys}
-    final = Pattern(where, scaled.field, keys | rest, scaled.default)
+    final = scaled
+    if special:
+        keys = _keys(special, others)
+        rest = {key: value for key, value in scaled.values.items() if key not in keys}
+        final = Pattern(where, scaled.field, keys | rest, scaled.default)
     if _differing(Pattern(where, scaled.field, _sorted(final.values), scaled.default), wanted):
         matched = {name: wanted[name] for name in others if scaled.key(name) is not None}
         keys = _keys(special | matched, others - matched.keys())

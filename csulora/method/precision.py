@@ -32,6 +32,7 @@ COMPUTING_LIMIT = 4.0
 STORING_LIMIT = 3.0
 # Errors of cores, against those limits: Gram matrices are sums, whose roundoff averages out.
 CORE_WEIGHT = 0.2
+ROUNDOFF = 2.0**-24  # of float32
 # Of a shift, whose estimate is closer: 1,800 random problems, the columns of B up to 1,000 times apart,
 # had at most 3.3e-7 error per unit. Where a half type is written, the arithmetic may lose more.
 SHIFT_LIMIT = 25.0
@@ -72,11 +73,15 @@ def solve_with_amplification(
     """`solve`, and how much `recompose` would amplify rounding errors."""
     grams, t = split_grams(projection)
     cores, figures = solve_grams(grams, correction)
-    return ungauged(cores, t), figures, amplification(grams, cores, figures)
+    return ungauged(cores, t), figures, amplification(grams, cores, figures, correction)
 
 
 def amplification(
-    grams: Grams, cores: Cores, figures: Figures, used: Tensor | None = None
+    grams: Grams,
+    cores: Cores,
+    figures: Figures,
+    correction: Correction,
+    used: Tensor | None = None,
 ) -> Amplification:
     """How much `recompose` would amplify rounding errors, for what `solve_grams` found.
 
@@ -85,7 +90,7 @@ def amplification(
     G_B, G_A = grams
     energy, squares, stored = (_of_exact if cores.X_in is None else _of_same)(grams, cores)
     inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
-    squares = squares.sum(-1) * inverse + _of_relative_energies(grams, figures)
+    squares = squares.sum(-1) * inverse + _of_relative_energies(grams, figures, correction)
     computing, storing = squares.sqrt(), (stored.sum(-1) * inverse).sqrt()
     computing = torch.where(figures.relative_change.isnan(), math.inf, computing)
     if cores.X_in is not None:
@@ -95,11 +100,12 @@ def amplification(
     return Amplification(computing, storing)
 
 
-def _of_relative_energies(grams: Grams, figures: Figures) -> Tensor:
+def _of_relative_energies(grams: Grams, figures: Figures, correction: Correction) -> Tensor:
     """What rounding of Gram matrices does to the result (...) by way of the cores, squared and relative.
 
     The more a block is attenuated, the more its core follows its relative energy, which is as far off as
     the Gram matrices are: outside the subspace by roundoff of the whole, of which they are differences.
+    A block whose energy is lost in that passes for nothing to attenuate, and stays as it is.
     """
     G_B, G_A = grams
     errors = torch.stack(
@@ -109,12 +115,19 @@ def _of_relative_energies(grams: Grams, figures: Figures) -> Tensor:
         ]
     ).sum(0)
     before, after = (X.movedim(-1, 0) for X in (figures.before, figures.after))
-    energies = (before * figures.energy).square()
-    errors = torch.where(energies > 0, errors / energies, 0.0)
+    energies = before * figures.energy
+    lost = 8 * ROUNDOFF * errors.sqrt()
+    attenuated = energies.new_tensor(correction.strengths) > 0
+    lost = torch.where(
+        attenuated[:, *[None] * figures.energy.dim()] & (energies <= lost), lost, 0.0
+    )
+    errors = torch.where(energies > 0, errors / energies.square(), 0.0)
     kept = torch.where(before > 0, after / before, 1.0).clamp(0, 1).sqrt()
     total = after.sum(0)
     shares = torch.where(total > 0, after / total, 0.0)
-    return CORE_WEIGHT**2 * (shares * (1 - kept).square() * errors).sum(0)
+    followed = CORE_WEIGHT**2 * (shares * (1 - kept).square() * errors).sum(0)
+    left = total * figures.energy
+    return followed + torch.where(left > 0, lost.sum(0) / left, 0.0) / ROUNDOFF**2
 
 
 def _roundoff(G: Tensor, sides: list[int]) -> Tensor:

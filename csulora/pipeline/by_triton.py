@@ -28,7 +28,7 @@ from csulora.method.stages import Cores, Figures, Grams, Projection
 from csulora.pipeline import by_torch
 from csulora.pipeline.plan import Member, Plan
 from csulora.pipeline.solved import Gathered, Pair, Solved, overflow
-from csulora.settings import Method, Realignment
+from csulora.settings import Correction, Method, Realignment
 from csulora.subspace import SafetySubspace
 
 Members = dict[int, Member]  # of one plan, by their position in it
@@ -278,7 +278,8 @@ def _amplification(own: _Found, correction: Method) -> Amplification:
     X_in, X_out = (None if X is None else _finite(X) for X in (cores.X_in, cores.X_out))
     solved = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out))
     grams = Grams(*torch.stack([inside, outside], dim=1))
-    return amplification(grams, solved, _figures(cores), own.used)
+    assert isinstance(correction, Correction)
+    return amplification(grams, solved, _figures(cores), correction, own.used)
 
 
 def _finite(X: Tensor) -> Tensor:

@@ -115,8 +115,7 @@ def _factors(plan: Plan, i: int, solved: Solved, careful: Careful, into: Pair | 
     B, A = member.module.B, member.module.A
     if member.dropped:
         return torch.zeros_like(B), torch.zeros_like(A)
-    same_types = plan.dtypes(member) == (B.dtype, A.dtype) and not plan.portable
-    if member.correction.is_identity and (same_types or i not in careful):
+    if plan.stays(member) or (member.correction.is_identity and i not in careful):
         return B, A
     if i in careful:
         return careful[i].factors(member.rank)

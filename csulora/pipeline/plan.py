@@ -131,7 +131,14 @@ class Plan(NamedTuple):
     def limits(self, member: Member) -> Limits:
         """How much of rounding a member bears, see `csulora.method.precision`."""
         read = member.module.B.dtype, member.module.A.dtype
-        return limits(member.correction, read=read, written=self.dtypes(member))
+        found = limits(member.correction, read=read, written=self.dtypes(member))
+        return found._replace(storing=math.inf) if self.stays(member) else found
+
+    def stays(self, member: Member) -> bool:
+        """Whether the result holds a member's factors as they are."""
+        B, A = member.module.B, member.module.A
+        same_form = not self.portable and self.dtypes(member) == (B.dtype, A.dtype)
+        return same_form and member.correction.is_identity
 
     def only_rounds(self, member: Member) -> bool:
         """Whether new factors are as computed but for their type: neither scaled nor balanced."""

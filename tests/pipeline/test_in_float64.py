@@ -108,6 +108,20 @@ def test_cores_follow_energies_that_float32_holds_no_digits_of(shape, outside, g
         assert relative_error(module, wanted) <= TOLERANCES[torch.float32]
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("outside", [3e-4, 1e-4, 3e-5])
+@pytest.mark.parametrize("off", [1e4, 1e6, 1e8, 1e12])
+def test_a_block_that_float32_loses_is_attenuated_all_the_same(off, outside, granularity):
+    """Beyond the strengths for which 1e-5 is promised it would stay as it is: as large as `outside`."""
+    for seed in range(6):
+        B, A, U, V = (X.float() for X in factors(60, 50, 2, 5, seed=seed))
+        A = (A @ V) @ V.mT + outside * A
+        strengths = (0, 10, 10, off)
+        wanted = oracle.correct(B.double() @ A.double(), U, V, strengths, granularity)
+        module, _ = corrected(B, A, U, V, csulora.Correction(*strengths, granularity))
+        assert relative_error(module, wanted) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("strengths", [(0, 3, 3, 3), (0, 1e3, 1e3, 1e3), (1e3, 3, 3, 0)])
 @pytest.mark.parametrize("r", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["double", "zero"])
