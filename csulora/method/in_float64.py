@@ -54,12 +54,17 @@ def split(B: Tensor, A: Tensor, U: Tensor, V: Tensor) -> Parts:
 
     In it no columns cancel each other, so that Gram matrices hold the update and not only its factors.
     """
-    B, A = B.double(), A.double()
+    B, A = balanced(B, A)
     U, V = U.to(B), V.to(B)  # the factors may lie on another device
-    t = even_gauge(B.square().sum(0), A.square().sum(1))
-    B, A = _balanced(B * t, A / t[:, None], B.shape[1])
     B_in, A_in = U @ (U.mT @ B), (A @ V) @ V.mT
     return Parts(B_in, B - B_in, A_in, A - A_in)
+
+
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """B (d_out, r) and A (r, d_in) of any type in the balanced form of their product, float64."""
+    B, A = B.double(), A.double()
+    t = even_gauge(B.square().sum(0), A.square().sum(1))
+    return _balanced(B * t, A / t[:, None], B.shape[1])
 
 
 def grams_of(parts: Parts) -> Grams:

@@ -96,7 +96,7 @@ def amplification(
     if cores.X_in is not None:
         # The fit divides by its systems; where they are singular it divides rounding errors by noise.
         computing = torch.where(singular(grams, used) & (energy > 0), math.inf, computing)
-    computing = torch.where(_cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
+    computing = torch.where(cancels(G_B.sum(0), G_A.sum(0)), math.inf, computing)
     return Amplification(computing, storing)
 
 
@@ -233,11 +233,11 @@ def shift_amplification(
     inverse = torch.where(energy > 0, 1 / energy, torch.zeros_like(energy))
     computing, storing = (squares * inverse).sqrt(), (stored * inverse).sqrt()
     unsolved = torch.isinf(shift.inverse_diagonal).any(-1) & (f > 0).any((-2, -1))
-    unsolved = unsolved | _cancels(G_B, G_A)
+    unsolved = unsolved | cancels(G_B, G_A)
     return Amplification(torch.where(unsolved, math.inf, computing), storing)
 
 
-def _cancels(G_B: Tensor, G_A: Tensor) -> Tensor:
+def cancels(G_B: Tensor, G_A: Tensor) -> Tensor:
     """(...) whether the update is so small beside its factors that nothing is known of its energy."""
     return dot(G_B, G_A) < SMALLEST_ENERGY * (_diagonal(G_B) * _diagonal(G_A)).sum(-1)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter
 from csulora.errors import CsuloraError
-from csulora.method import nested
+from csulora.method import in_float64, nested
 from csulora.method.nested import Blocks, Directions
+from csulora.method.precision import cancels
 from csulora.method.realign import Spectrum
 from csulora.method.stages import Figures, Projection
 from csulora.pipeline.backend import pick_device
@@ -109,6 +110,9 @@ def _stack(members: list[Member], device: torch.device) -> _Stack:
     for member in members:
         B, A, U, V = (X.to(device) for X in (member.module.B, member.module.A, member.U, member.V))
         rows.append(nested.project_once(B, A, U, V))
+        if bool(cancels(rows[-1].G_B, rows[-1].G_A)):  # as `correct` has it
+            B, A = in_float64.balanced(B, A)
+            rows[-1] = nested.project_once(B, A, U, V)
         own = Projection(*(X[None] for X in rows[-1]))
         N, apart = nested.reach(own)
         Ns.append(N[0] if bool(apart) else nested.reach_of(B, U))

@@ -154,3 +154,19 @@ def test_what_does_not_fit_is_named():
         Energies(
             LoraAdapter({"m0": replace(big, scaling=1e100)}, adapter.config), subspace, families(4)
         )
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-4, 1e-6])
+def test_columns_that_cancel_each_other(size):
+    """An update that `size` of one column is left of; systems for it as it is would be singular."""
+
+    def change(B, A):
+        B[:, 1], A[1] = -B[:, 0], A[0] + size * A[1]
+        return B, A
+
+    adapter, subspace = problem(((60, 50, 2, 5), (40, 30, 2, 5)), change)
+    chosen = families(5, ranks=[5], methods=("csulora",), forms=("exact", "same"))
+    compare(adapter, subspace, chosen, tolerance=1e-5)
+    [same] = families(5, ranks=[5], methods=("csulora",), forms=("same",))
+    [found] = Energies(adapter, subspace, [same]).totals(same, [1e8])
+    assert math.isfinite(found.relative_change) and found.relative_change <= 1
