@@ -182,10 +182,13 @@ def _solve(R: int, entries: int, capability: int, processors: int) -> SolveLaunc
 
 def _recompose(R: int, group: int, dtype: torch.dtype, capability: int) -> RecomposeLaunch:
     old, wide = capability < 90, dtype == torch.float32
-    # 16 rows alone of two bytes an element need a longer tile, as in project.
-    long = not old or (R * group == 16 and not wide)
+    block_d = 32 if old or wide else 64
+    if old and R * group == 16 and not wide:
+        block_d = 64  # as in project: each thread is to load 16 bytes of a factor
+    if R == 128 and (old or wide):
+        block_d = 16
     return RecomposeLaunch(
-        block_d=64 if long else 32,
+        block_d,
         block_k=32 if wide and old else 64,
         rows=max(R, 32 if wide and old else 64),
         strips=1,

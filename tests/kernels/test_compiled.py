@@ -27,20 +27,29 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may have
 TYPES = ("bfloat16", "float16", "float32")
 RANKS = (16, 32, 64, 128)
-# The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on
-# sm_80, and a few registers of solve for large ranks on sm_100, which has no float64 tensor cores, and of
-# recompose there.
+# The tiles that spill, and the most that each may: project for float32 factors of rank above 64 on sm_80;
+# recompose of rank 128 for float32 and float16, and a few registers of it for other ranks; and of solve
+# on sm_100, which has no float64 tensor cores.
 # At rank 16 a loop over tiles turns once, so a spill in it is one before it.
 KNOWN_SPILLS = {
-    (80, "solve", "float32", 16): 8,
-    (90, "solve", "float32", 16): 8,
-    (80, "realign", "float32", 16): 8,
-    (90, "realign", "float32", 16): 8,
-    (90, "recompose", "float32", 16): 20,
     (80, "project", "float32", 128): 400,
+    (80, "realign", "float32", 16): 8,
+    (80, "recompose", "float16", 128): 2,
+    (80, "solve", "float32", 16): 8,
+    (90, "realign", "float32", 16): 8,
+    (90, "realign", "float32", 32): 8,
+    (90, "recompose", "bfloat16", 16): 4,
+    (90, "recompose", "float16", 16): 4,
+    (90, "recompose", "float16", 32): 8,
+    (90, "recompose", "float16", 128): 40,
+    (90, "recompose", "float32", 64): 8,
+    (90, "recompose", "float32", 128): 140,
+    (90, "solve", "float32", 16): 8,
     (100, "recompose", "bfloat16", 32): 16,
+    (100, "recompose", "bfloat16", 64): 24,
+    (100, "recompose", "float16", 64): 24,
+    (100, "recompose", "float32", 128): 80,
     (100, "solve", "float32", 32): 8,
-    (100, "solve", "float32", 64): 8,
     (100, "solve", "float32", 128): 8,
 }
 
