@@ -49,12 +49,7 @@ _LATER = {  # a public name: the module it comes from, or is
     "verify": "csulora.verification",
 }
 
-__getattr__ = later(__name__, _LATER)
-
-
-def __dir__() -> list[str]:
-    return sorted(globals().keys() | _LATER.keys())
-
+__getattr__, __dir__ = later(__name__, _LATER)
 
 __all__ = [
     "ChangedError",

@@ -159,36 +159,35 @@ def contradictions(folder: Path, report: Report) -> list[str]:
 
 def alike(found: object, wanted: object) -> bool:
     """Whether a part of a report or mark is what it should be; patterns in their order, too."""
-    return found == wanted and _patterns(found) == _patterns(wanted)
+    return found == wanted and not _differing(found, wanted)
 
 
 def otherwise(key: str, found: object, wanted: object) -> str:
     """In words which part of a report is not what it should be; of settings also each that differs."""
-    if key != "settings" or not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
-        return PARTS[key]
-    names = [n for n in {**found, **wanted} if not _alike_setting(found.get(n), wanted.get(n))]
-    if "method" in names:  # the others of another method say nothing
-        names = ["method"]
-    values = [f"{n} {_value(found.get(n))}, now {_value(wanted.get(n))}" for n in names]
-    return f"{PARTS[key]} ({'; '.join(values)})"
+    differing = _differing(found, wanted) if key == "settings" else {}
+    if "method" in differing:  # the others of another method say nothing
+        differing = {"method": differing["method"]}
+    values = [f"{n} {_value(old)}, now {_value(new)}" for n, (old, new) in differing.items()]
+    return f"{PARTS[key]} ({'; '.join(values)})" if values else PARTS[key]
 
 
-def _alike_setting(found: object, wanted: object) -> bool:
-    """Whether two values of one setting are equal; of patterns also their order."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        return list(found.items()) == list(wanted.items())
-    return found == wanted
+def _differing(found: object, wanted: object) -> dict[str, tuple[object, object]]:
+    """Both values of each setting that is not the same in two parts; of patterns in their order."""
+    if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
+        return {}
+    pairs = {name: (found.get(name), wanted.get(name)) for name in {**found, **wanted}}
+    return {name: pair for name, pair in pairs.items() if _listed(pair[0]) != _listed(pair[1])}
+
+
+def _listed(setting: object) -> object:
+    """A mapping as a list, in which the order counts."""
+    return list(setting.items()) if isinstance(setting, Mapping) else setting
 
 
 def _value(setting: object) -> str:
     if setting is None:
         return "none"
     return setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
-
-
-def _patterns(part: object) -> list[str]:
-    patterns = part.get("strength_for") if isinstance(part, Mapping) else None
-    return list(patterns) if isinstance(patterns, Mapping) else []
 
 
 def _digest(file: Path) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def later(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package (PEP 562). homes: of each name the module that it is in, or is.
+def later(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of a package (PEP 562). homes: of each name the module that it is in, or is.
 
     Other modules of the package are attributes as well, as they are once anything has imported them.
     """
@@ -27,4 +29,7 @@ def later(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         setattr(sys.modules[package], name, value)  # the next look-up comes without this function
         return value
 
-    return find
+    def names() -> list[str]:
+        return sorted(vars(sys.modules[package]).keys() | homes.keys())
+
+    return find, names

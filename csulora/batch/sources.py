@@ -128,7 +128,7 @@ def _matches(pattern: str) -> list[Item]:
     fixed = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     base = os.path.join(*parts[:fixed]) if fixed else "."
     if _fits((), parts[fixed:]) and os.path.lexists(os.path.join(base, CONFIG)):
-        return [Item(base, Path(os.path.abspath(base)).name)]  # as if it had been named
+        return [*_expand(base)]  # as if it had been named
     deepest = None if "**" in parts else len(parts) - fixed
     items = [
         Item(path if fixed else relative, relative)

@@ -210,7 +210,10 @@ def _with_keys(
         keys = _keys(special, others)
         rest = {key: value for key, value in scaled.values.items() if key not in keys}
         final = Pattern(where, scaled.field, keys | rest, scaled.default)
-    if _differing(Pattern(where, scaled.field, _sorted(final.values), scaled.default), wanted):
+    resorted = dict(sorted(final.values.items()))
+    if [*resorted] != [*final.values] and _differing(
+        Pattern(where, scaled.field, resorted, scaled.default), wanted
+    ):
         matched = {name: wanted[name] for name in others if scaled.key(name) is not None}
         keys = _keys(special | matched, others - matched.keys())
         final = Pattern(where, scaled.field, keys, scaled.default)
@@ -220,10 +223,6 @@ def _with_keys(
             "scaling cannot be kept"
         )
     return final
-
-
-def _sorted(values: Mapping[str, float]) -> dict[str, float]:
-    return {key: values[key] for key in sorted(values)}
 
 
 def _differing(pattern: Pattern, wanted: Mapping[str, float]) -> str | None:

@@ -114,7 +114,7 @@ def _wanted(energies: Tensor, rank: int, energy_share: float | None, total: floa
     """How many of the leading directions will be kept, as far as their energies are known by now."""
     if energy_share is None:
         return rank
-    return int((energies.cumsum(0) < energy_share * total).sum()) + 1
+    return int((energies.cumsum(0) / total < energy_share).sum()) + 1
 
 
 def _missing(seen: list[Tensor], wanted: int) -> float:
@@ -163,10 +163,7 @@ def _orthonormal_against(new: Tensor, basis: Tensor) -> Tensor:
 def _count(S: Tensor, rank: int, energy_share: float | None, total: float, size: int) -> int:
     noise = size**0.5 * torch.finfo(torch.float32).eps * float(S[0])
     above = int((S.gt(noise)).sum())
-    if energy_share is None:
-        return min(rank, above)
-    share = S.square().cumsum(0) / total
-    return min(int((share < energy_share).sum()) + 1, above)
+    return min(_wanted(S.square(), rank, energy_share, total), above)
 
 
 def _fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,6 @@ from csulora.method import realign
 from csulora.method.rank_fit import dot
 from csulora.method.realign import Shift, Spectrum
 from csulora.method.stages import (
-    LEFT,
-    RIGHT,
     Cores,
     Figures,
     Grams,
@@ -108,12 +106,7 @@ def _of_relative_energies(grams: Grams, figures: Figures, correction: Correction
     A block whose energy is lost in that passes for nothing to attenuate, and stays as it is.
     """
     G_B, G_A = grams
-    errors = torch.stack(
-        [
-            _squared(_roundoff(G_B, LEFT), G_A[RIGHT]),
-            _squared(_roundoff(G_A, RIGHT), G_B[LEFT]),
-        ]
-    ).sum(0)
+    errors = (_errors(G_B, G_A) + _errors(G_A, G_B).transpose(0, 1)).flatten(0, 1)
     before, after = (X.movedim(-1, 0) for X in (figures.before, figures.after))
     energies = before * figures.energy
     lost = 8 * ROUNDOFF * errors.sqrt()
@@ -130,15 +123,15 @@ def _of_relative_energies(grams: Grams, figures: Figures, correction: Correction
     return followed + torch.where(left > 0, lost.sum(0) / left, 0.0) / ROUNDOFF**2
 
 
-def _roundoff(G: Tensor, sides: list[int]) -> Tensor:
-    """Roundoff of each column (4, ..., r) in the Gram matrices of the blocks, in its units."""
-    inside, whole = _diagonal(G[0]), _diagonal(G.sum(0))
-    return torch.stack([(inside * whole).sqrt(), whole])[sides]
+def _errors(rounded: Tensor, other: Tensor) -> Tensor:
+    """Squared errors (2, 2, ...) of <X, G>, X inside and outside of `rounded`, G of `other`.
 
-
-def _squared(errors: Tensor, G: Tensor) -> Tensor:
-    """Squared error (4, ...) of <X, G>, where entry i, j of X is off by (errors_i errors_j)^(1/2)."""
-    return (errors[..., None] * errors[..., None, :] * G.square()).sum((-2, -1))
+    In units of roundoff. Entry i, j of X is off by (e_i e_j)^(1/2), with e (..., r, 2) of the columns
+    inside and outside.
+    """
+    inside, whole = _diagonal(rounded[0]), _diagonal(rounded.sum(0))
+    e = torch.stack([(inside * whole).sqrt(), whole], dim=-1)
+    return (e * (other.square() @ e)).sum(-2).movedim(-1, 0)
 
 
 def _of_exact(grams: Grams, cores: Cores) -> tuple[Tensor, Tensor, Tensor]:

@@ -305,10 +305,9 @@ def _block_cores(
     That can be where float32 Gram matrices hold little of an update whose columns cancel.
     """
     eye = torch.eye(blocks.B.shape[-1], dtype=blocks.B.dtype, device=blocks.B.device)
-    bounded = [min(strength, REMOVES) for strength in correction.strengths]
-    # Whole blocks are removed below.
-    solved = [strength if strength < REMOVES else 0.0 for strength in bounded]
-    strengths = before.new_tensor(solved).reshape(-1, *[1] * inverse_energy.dim())
+    removed = [strength >= REMOVES for strength in correction.strengths]  # whole, below
+    bounded = [0.0 if r else s for r, s in zip(removed, correction.strengths, strict=True)]
+    strengths = before.new_tensor(bounded).reshape(-1, *[1] * inverse_energy.dim())
     unsolved = torch.zeros_like(inverse_energy, dtype=torch.bool)
     if correction.granularity == "component":
         K = eye * (1 / (1 + strengths * before))[..., None, None]
@@ -319,9 +318,7 @@ def _block_cores(
         K = torch.where((failed != 0)[..., None, None], torch.zeros_like(K), K)
     else:
         raise NotImplementedError(correction.granularity)
-    for block, strength in enumerate(bounded):
-        if strength == REMOVES:  # the limit, also for an empty block
-            K[block] = 0
+    K[removed] = 0  # the limit, also for an empty block
     return K, unsolved
 
 

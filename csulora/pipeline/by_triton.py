@@ -135,7 +135,8 @@ def _launch(
     for row, members in enumerate(rows):
         columns = [index[_key(member)] for member in members.values()]
         own = found.of(row, columns)
-        known = *_sizes(own), _figures(own.cores), _amplification(own, correction)
+        figures = _figures(own.cores)
+        known = *_sizes(own), figures, _amplification(own, figures, correction)
         parts.append(_Part(members, columns, row, out, *known))
     return parts
 
@@ -261,7 +262,7 @@ def _sizes(own: _Found) -> tuple[Tensor, Tensor]:
     return torch.isfinite(squares).all(-1).all(0), squares_fit.all(0)
 
 
-def _amplification(own: _Found, correction: Method) -> Amplification:
+def _amplification(own: _Found, figures: Figures, correction: Method) -> Amplification:
     """(m) each. Padding is no part of any Gram matrix, so it adds nothing."""
     P, Q, G_B, G_A = (_finite(X) for X in own.projection)
     cores = own.cores
@@ -279,7 +280,7 @@ def _amplification(own: _Found, correction: Method) -> Amplification:
     solved = Cores(X_in, X_out, _finite(cores.Y_in), _finite(cores.Y_out))
     grams = Grams(*torch.stack([inside, outside], dim=1))
     assert isinstance(correction, Correction)
-    return amplification(grams, solved, _figures(cores), correction, own.used)
+    return amplification(grams, solved, figures, correction, own.used)
 
 
 def _finite(X: Tensor) -> Tensor:
