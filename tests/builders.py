@@ -221,6 +221,15 @@ def effective(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def names(folder: Path) -> list[str]:
+    """What is directly in a folder, hidden entries too."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def change_weights(adapter: Path) -> None:
+    edit_tensors(adapter / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by relative path, hidden ones too, but no journal (it holds times)."""
     return {

@@ -9,6 +9,8 @@ import builders
 import pytest
 import torch
 
+from csulora import SafetySubspace
+
 # Tiny matrices: a second thread only waits, and waits long where cores are shared.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
@@ -31,6 +33,11 @@ def subspace(tmp_path):
 
 
 @pytest.fixture
+def loaded(subspace):
+    return SafetySubspace.load(subspace)
+
+
+@pytest.fixture
 def adapter(tmp_path):
     return builders.write_adapter(tmp_path / "in" / "lora")
 
@@ -43,3 +50,12 @@ def pair(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
+
+
+@pytest.fixture
+def batch(capsys, adapter, subspace, tmp_path):
+    """Two finished outputs, and how they were asked for."""
+    builders.write_adapter(tmp_path / "in" / "other", seed=1)
+    call = (tmp_path / "in", "--subspace", subspace, "--out-dir", tmp_path / "out")
+    assert builders.run_correct(capsys, *call).code == 0
+    return call
