@@ -21,10 +21,12 @@ pytestmark = [
 
 def in_every_type(own, slow=()):
     """(name, type) of each case, given the types that they have of themselves."""
+    found = []
     for name, dtype in own.items():
         for other in cases.TYPES:
             usual = other == dtype and name not in slow
-            yield pytest.param(name, other, marks=() if usual else pytest.mark.exhaustive)
+            found.append(pytest.param(name, other, marks=() if usual else pytest.mark.exhaustive))
+    return found
 
 
 OWN = {name: case.dtype for name, case in (cases.CASES | cases.SLOW).items()}
