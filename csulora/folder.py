@@ -120,12 +120,15 @@ def correct_folder(
     """Correct an adapter folder (or hub id) into the folder `target`, whole or not at all.
 
     Safe to call for one target from any number of threads and processes at once: one does the work, the
-    others wait and get its result. Their lock is a hidden file beside `target`.
+    others wait and get its result. Their lock is a hidden file beside `target`. A process that has
+    corrected something has started PyTorch's threads, which no fork survives: start others by spawn
+    or forkserver then. One that has only loaded a subspace can be forked.
 
     Args:
         source: or what `LoraAdapter.load` read from one, which is not read again.
         existing: what to do about a target that is there already. "refresh" recognises it as up to date
-            if it was made of this very source, subspace and settings, and makes it anew otherwise;
+            if it was made of these very weights, configuration, subspace and settings, whatever has
+            become of the source's other files, and makes it anew otherwise;
             "resume" raises ChangedError then; "overwrite" always makes it anew; "refuse" raises
             ExistsError.
         durable: fsync what is written. Without it a machine that stops may lose or spoil an output,

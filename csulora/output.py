@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from csulora.errors import ChangedError, CsuloraError, ExistsError
 from csulora.files import peft_config
+from csulora.files.companions import other_weights
 from csulora.files.folders import check_folder
 from csulora.files.json import parse_json, read_json
 from csulora.files.plain import sha256_file
 from csulora.files.safetensors import open_safetensors
 from csulora.report import FORMAT, Report
+from csulora.text import listed
 from csulora.version import MADE_BY
 
 WEIGHTS = "adapter_model.safetensors"
@@ -155,6 +157,12 @@ def contradictions(folder: Path, report: Report) -> list[str]:
         for key, value in stated.items()
         if not alike(mark.get(key), value)
     ]
+
+
+def stray_weights(folder: Path) -> list[str]:
+    """What weights that nobody corrected, and that a server may read, lie beside those of an output."""
+    found = other_weights(folder, {WEIGHTS})
+    return [f"holds weights that csulora did not write: {listed(found)}"] if found else []
 
 
 def alike(found: object, wanted: object) -> bool:

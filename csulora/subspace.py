@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -268,7 +269,8 @@ def _module(
     U, S, V = (tensors[f"{name}.{letter}"] for letter in ("U", "S", "V"))
     k = S.shape[0]
     for letter, X in (("U", U), ("V", V)):
-        if k and float((X.mT @ X - torch.eye(k)).abs().max()) > ORTHONORMAL:
+        # By NumPy, after whose products a process can be forked, see files.safetensors.SERIAL.
+        if k and np.abs(X.numpy().T @ X.numpy() - np.eye(k)).max() > ORTHONORMAL:
             raise CsuloraError(f"{file}: columns of {name}.{letter} are not orthonormal")
     # A smaller rank is a prefix, which is the leading one only in this order.
     if bool((S.diff() > 0).any()) or bool((S < 0).any()):

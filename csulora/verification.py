@@ -15,7 +15,7 @@ from torch import Tensor
 from csulora.adapter import DTYPES, LoraAdapter, LoraModule, identify
 from csulora.correction import correct
 from csulora.errors import ChangedError, CsuloraError, ExistsError
-from csulora.output import REPORT, contradictions, differences, written_report
+from csulora.output import REPORT, contradictions, differences, stray_weights, written_report
 from csulora.pipeline.backend import check_backend
 from csulora.report import ModuleReport, Report, Totals
 from csulora.subspace import SafetySubspace
@@ -73,6 +73,7 @@ def verify(
         return Verification(target, (), (str(error),))
     checked, problems = ["files"], differences(target, report)
     problems = problems or contradictions(target, report)
+    problems += stray_weights(target)
     if source is not None:
         checked.append("source")
         found = identify(source)

@@ -200,6 +200,18 @@ def test_verify_names_what_does_not_belong(change, word, capsys, batch, tmp_path
     assert all(word in line for line in result.complaints)
 
 
+@pytest.mark.parametrize("name", ["lora.safetensors", "adapter_model_raw.bin", "lora.gguf"])
+def test_verify_names_other_weights_in_an_output(name, adapter, loaded, out):
+    """Some servers read every file of safetensors in a folder."""
+    csulora.correct_folder(adapter, loaded, out)
+    (out / "notes.txt").write_text("mine")
+    assert not csulora.verify(out).problems
+    (out / name).write_bytes((adapter / WEIGHTS).read_bytes())
+    for given in ({}, {"source": adapter, "subspace": loaded}):
+        (problem,) = csulora.verify(out, **given).problems
+        assert name in problem and "did not write" in problem
+
+
 def test_verify_finds_outputs_however_deep(capsys, adapter, loaded, tmp_path):
     """Deeper than Python's stack, and not what is hidden or linked."""
     csulora.correct_folder(adapter, loaded, tmp_path / "made")

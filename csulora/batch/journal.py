@@ -16,7 +16,7 @@ from typing import Any
 
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.json import load_json
-from csulora.files.locks import open_locked
+from csulora.files.locks import open_locked, release
 
 FILE = "csulora_journal.jsonl"
 FORMAT = "csulora_journal/1"
@@ -49,11 +49,11 @@ class Journal:
         try:
             self._end = self._read()
         except OSError as error:
-            os.close(self._file)
+            release(self._file)
             reason = error.strerror or error
             raise CsuloraError(f"{self._path}: cannot be read ({reason})") from None
         except BaseException:
-            os.close(self._file)
+            release(self._file)
             raise
 
     def entry(self, target: str) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ class Journal:
                     self._path.unlink()
                     if self._new_folder:
                         self._out_dir.rmdir()
-        os.close(self._file)
+        release(self._file)
 
     def _read(self) -> int:
         """Find the place of every line; cut off a last one that a killed run left torn."""

@@ -24,6 +24,12 @@ _TRAINING = re.compile(
     r"|zero_to_fp32\.py|latest",
     re.IGNORECASE | re.DOTALL,
 )
+# Weights, of this adapter or another, in any format that something loads: as a copy they would be
+# uncorrected, and some servers read every file of safetensors in a folder.
+_WEIGHTS = re.compile(
+    r"adapter_model[._-].*|.*\.(safetensors(\.index\.json)?|gguf|npz|msgpack|h5)",
+    re.IGNORECASE | re.DOTALL,
+)
 # `checkpoint-N` also where a trainer kept no adapter in it: half of it would be of no use.
 _TRAINING_FOLDER = re.compile(r"checkpoint-\d+|global_step\d*|(optimizer|pytorch_model_fsdp)_\d+")
 
@@ -52,6 +58,13 @@ def copy_companions(
     return left_out
 
 
+def other_weights(folder: Path, apart: Collection[str]) -> list[str]:
+    """Names of files directly in a folder that are weights, but for those of `apart`."""
+    with reading(folder):
+        names = sorted(os.listdir(folder))
+    return [encodable(n) for n in names if n not in apart and _WEIGHTS.fullmatch(n)]
+
+
 def _other_files(
     source: Path, apart: Collection[str]
 ) -> tuple[dict[str, Path], list[str], list[str]]:
@@ -71,7 +84,7 @@ def _other_files(
             elif entry.is_dir():
                 left_out.append(relative)
             elif relative not in apart:
-                if entry.name.startswith("adapter_model.") or _TRAINING.fullmatch(entry.name):
+                if _WEIGHTS.fullmatch(entry.name) or _TRAINING.fullmatch(entry.name):
                     left_out.append(relative)
                 else:
                     copied[relative] = inside(source, relative, source)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from csulora.errors import CsuloraError, DiskFullError, ExistsError, WriteError
-from csulora.files.locks import hold, open_locked
+from csulora.files.locks import hold, open_locked, release
 from csulora.files.plain import mode_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
@@ -142,7 +142,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         if not _keeps_old(temporary):
             _remove(temporary)
-        os.close(file)
+        release(file)
 
 
 def _remove(temporary: Path) -> None:
@@ -214,7 +214,7 @@ def _recover_lock(lock: Path) -> None:
     if lock.is_file() and not lock.stat().st_size:
         file = open_locked(lock)  # BlockingIOError: in use
         lock.unlink(missing_ok=True)
-        os.close(file)
+        release(file)
 
 
 def _recover_folder(temporary: Path, path: Path) -> None:
@@ -233,7 +233,7 @@ def _recover_folder(temporary: Path, path: Path) -> None:
             os.rename(temporary / _OLD, path)
         _remove(temporary)
     finally:
-        os.close(file)
+        release(file)
 
 
 def check_apart(target: Path, source: Path) -> None:

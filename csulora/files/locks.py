@@ -23,7 +23,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.unlink(missing_ok=True)
-        os.close(file)
+        release(file)
 
 
 def open_locked(path: Path, *, wait: bool = False) -> int:
@@ -45,11 +45,24 @@ def open_locked(path: Path, *, wait: bool = False) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)
+        release(file)
 
 
 def hold(file: int, *, wait: bool = True) -> None:
-    """Lock an open file until it is closed."""
+    """Lock an open file until it is given to `release`."""
     import fcntl  # not everywhere; imported only when something is written
 
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def release(file: int) -> None:
+    """Unlock and close a file.
+
+    Closing alone would leave it locked for as long as a process lives that was forked meanwhile.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        os.close(file)

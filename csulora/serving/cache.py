@@ -20,7 +20,7 @@ from pathlib import Path
 from csulora.adapter import OWN
 from csulora.errors import CsuloraError, DiskFullError, WriteError
 from csulora.files.folders import FULL, make_folders, recover_folders, writing
-from csulora.files.locks import locked, open_locked
+from csulora.files.locks import locked, open_locked, release
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.files.plain import sha256_file, write_bytes
@@ -327,7 +327,7 @@ class Cache:
                         self._discard(key)
                 finally:
                     lock.unlink(missing_ok=True)
-                    os.close(file)
+                    release(file)
 
 
 def _settle(folder: Path) -> None:

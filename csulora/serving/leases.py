@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csulora.errors import CsuloraError
+from csulora.files.locks import release
 from csulora.serving.own_files import OwnFile, others_file, paths_in, remove_unfinished
 
 _LOG = logging.getLogger("csulora.serving")
@@ -25,7 +26,7 @@ def shared_lock(path: Path, *, alone: bool) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
     finally:
-        os.close(file)
+        release(file)
 
 
 class Leases:

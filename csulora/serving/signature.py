@@ -16,7 +16,7 @@ from csulora.errors import CsuloraError, ExistsError, UsageError
 from csulora.files.folders import inside, whole_file, writing
 from csulora.files.json import json_bytes, read_json
 from csulora.files.plain import read_bytes, write_bytes
-from csulora.output import SIGNATURE, contradictions, differences, written_report
+from csulora.output import SIGNATURE, contradictions, differences, stray_weights, written_report
 from csulora.text import listed
 
 FORMAT = "csulora_signature/1"
@@ -125,6 +125,7 @@ def _corrected(folder: Path) -> Source:
             f"{folder}: has no report of csulora; sign before it is removed"
         ) from None
     problems = differences(folder, report) or contradictions(folder, report)
+    problems += stray_weights(folder)
     stated = (report.output.get("sha256"), report.output.get("config_sha256"))
     if problems or adapter.source.digests != stated:
         reason = problems[0] if problems else "changed while it was being read"

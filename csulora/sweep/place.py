@@ -15,7 +15,7 @@ from typing import Any
 from csulora.errors import CsuloraError, ExistsError, UsageError
 from csulora.files.folders import check_apart, make_folders, whole_file, writing
 from csulora.files.json import json_bytes, load_json, read_json
-from csulora.files.locks import open_locked
+from csulora.files.locks import open_locked, release
 from csulora.files.plain import write_bytes
 
 RESULT, EVALUATIONS = "sweep.json", "evaluations.jsonl"
@@ -54,7 +54,7 @@ class Place:
                     self._kept, self._end = {}, 0
                 self._clear()
         except BaseException:
-            os.close(self._file)
+            release(self._file)
             raise
 
     def find(self, key: str) -> dict[str, float] | None:
@@ -95,7 +95,7 @@ class Place:
             if self._new:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
-        os.close(self._file)
+        release(self._file)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         data = memoryview(json.dumps(entry, allow_nan=False).encode() + b"\n")

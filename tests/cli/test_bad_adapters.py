@@ -382,7 +382,11 @@ def test_hidden_scale_is_seen_through(exponent, adapter, subspace, out, capsys):
 def test_nested_and_other_weights_are_not_copied(adapter, subspace, out, capsys):
     (adapter / "old").mkdir()
     (adapter / "checkpoint-1").mkdir()  # of a trainer that kept no configuration in it
-    nested = (f"old/{WEIGHTS}", "adapter_model.bin", "adapter_model.pt")
+    nested = (
+        *(f"old/{WEIGHTS}", "adapter_model.bin", "adapter_model.pt", "adapter_model_old.npz"),
+        *("pytorch_lora_weights.safetensors", "adapter_model-00001-of-00002.safetensors"),
+        *("adapter_model.safetensors.index.json", "Lora.GGUF", "old/adapters.npz"),
+    )
     for name in (*nested, f"checkpoint-1/{WEIGHTS}"):
         (adapter / name).write_bytes((adapter / WEIGHTS).read_bytes())
     (adapter / "checkpoint-1" / "trainer_state.json").write_text("{}")
@@ -395,7 +399,7 @@ def test_nested_and_other_weights_are_not_copied(adapter, subspace, out, capsys)
     )
     left_out = json.loads((out / "lora" / REPORT).read_text())["left_out"]
     assert left_out == sorted([*nested, "checkpoint-1", "latest"])
-    assert any("not copied" in line and nested[0] in line for line in result.warnings)
+    assert any("not copied" in line and "Lora.GGUF" in line for line in result.warnings)
 
 
 # --- through a process ----------------------------------------------------------------------------
