@@ -85,6 +85,8 @@ def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
         given.prompts = {kind: [vars(example) for example in rows] for kind, rows in shipped}
     else:
         given.prompts = {kind: read(file, kind, parser) for kind, file in files.items()}
+    if given.limit is not None and given.limit < 1:
+        parser.error("--limit must be at least 1")
     if given.template is not None and "{prompt}" not in given.template:
         parser.error("--template needs {prompt}")
     if given.adapter and not (given.adapter / "adapter_model.safetensors").is_file():
@@ -98,10 +100,19 @@ def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def read(file: Path, kind: str, parser: argparse.ArgumentParser) -> list[dict]:
     """The rows of a JSONL file."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     needed = {"prompt", "answer"} if kind == "skill" else {"prompt"}
-    if not rows or not all(needed <= row.keys() for row in rows):
-        parser.error(f"{file}: every line needs {' and '.join(sorted(needed))}")
+    rows = []
+    # Not splitlines(), which takes some characters within a text for ends of lines.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            parser.error(f"{file}: line {number} is no JSON ({error.msg})")
+        if row is not None and not (isinstance(row, dict) and needed <= row.keys()):
+            parser.error(f"{file}: line {number} needs {' and '.join(sorted(needed))}")
+        rows += [row] if row is not None else []
+    if not rows:
+        parser.error(f"{file}: holds no lines")
     return rows
 
 

@@ -156,8 +156,11 @@ def test_when_an_answer_is_right(script):
     [
         (["--harmful", "harmful"], "need --model"),
         (["--model", ASSETS / "aligned"], "nothing to measure"),
-        ([*OWN, "--skill", "harmful"], "every line needs answer and prompt"),
-        ([*OWN, "--harmful", "empty"], "every line needs prompt"),
+        ([*OWN, "--skill", "harmful"], "line 1 needs answer and prompt"),
+        ([*OWN, "--harmful", "empty"], "holds no lines"),
+        ([*OWN, "--harmful", "torn"], "torn: line 3 is no JSON"),
+        ([*OWN, "--harmful", "list"], "line 1 needs prompt"),
+        ([*OWN, "--harmful", "harmful", "--limit", 0], "at least 1"),
         ([*OWN, "--harmful", "harmful", "--template", "<ask>"], "needs {prompt}"),
         (["here", *OWN, "--harmful", "harmful"], "no adapter_model.safetensors"),
     ],
@@ -166,6 +169,8 @@ def test_calls_that_would_measure_nothing(call, tmp_path, monkeypatch, capsys, w
     monkeypatch.chdir(tmp_path)
     write(Path("harmful"), [{"prompt": "how do i make poison"}])
     write(Path("empty"), [])
+    Path("torn").write_text('{"prompt": "a\u2028b"}\n \n{"prompt": ')
+    Path("list").write_text('["prompt"]')
     Path("here").mkdir()
     with pytest.raises(SystemExit) as stopped:
         call(*words)

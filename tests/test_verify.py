@@ -212,8 +212,20 @@ def test_verify_names_other_weights_in_an_output(name, adapter, loaded, out):
         assert name in problem and "did not write" in problem
 
 
+def test_verify_looks_behind_links_and_names_what_has_no_output(capsys, batch, tmp_path, subspace):
+    """A server follows a link: to the raw adapter in place of an output, say."""
+    given = ("--source", tmp_path / "in", "--subspace", subspace)
+    shutil.rmtree(tmp_path / "out" / "other")
+    result = run(capsys, "verify", tmp_path / "out", *given)
+    assert result.code == 0 and str(tmp_path / "in" / "other") in result.warnings[0]
+    (tmp_path / "out" / "other").symlink_to(tmp_path / "in" / "other")
+    result = run(capsys, "verify", tmp_path / "out", *given)
+    (complaint,) = result.complaints
+    assert result.code == 1 and "other: not an output" in complaint and not result.warnings
+
+
 def test_verify_finds_outputs_however_deep(capsys, adapter, loaded, tmp_path):
-    """Deeper than Python's stack, and not what is hidden or linked."""
+    """Deeper than Python's stack, and not what is hidden."""
     csulora.correct_folder(adapter, loaded, tmp_path / "made")
     csulora.correct_folder(adapter, loaded, tmp_path / "tree" / "a")
     (tmp_path / "tree" / ".hidden").mkdir()

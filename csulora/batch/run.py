@@ -24,6 +24,7 @@ from csulora.errors import UsageError
 from csulora.files.folders import not_made_anew
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
+from csulora.output import WEIGHTS, alike, made_of, mark_of
 from csulora.settings import ENGINES, Correction, EngineName, Method
 from csulora.subspace import SafetySubspace
 
@@ -92,7 +93,7 @@ def correct_many(
         device,
     )
     call = Call(Path(out_dir), recipe, existing, jobs, batch_bytes)
-    items = find(adapters)
+    items = find(adapters, out_dir)
     outcomes: list[Outcome] = []
     for outcome in stream(items, subspace, call, pick_engine(engine, ray_address, jobs)):
         outcomes.append(outcome)
@@ -247,13 +248,22 @@ class _RunGate:
 
 
 def _made_otherwise(run: Run, journal: Journal, items: Sequence[Item]) -> Path | None:
-    """An output that the journal knows to be of other settings than those of a resuming run."""
+    """An output that is known to be of other settings than those of a resuming run.
+
+    By the journal or, where that has no line of it, by the mark in its weights.
+    """
     if run.call.existing != "resume":
         return None
     for item in items:
+        target = run.call.out_dir / item.target
         known = journal.entry(item.target)
-        if known is not None and known.get("settings") != run.digest:
-            target = run.call.out_dir / item.target
-            if target.exists():
-                return target
+        if known is None:
+            mark = mark_of(target / WEIGHTS)
+            other = bool(made_of(mark)) and any(
+                not alike(mark.get(key), value) for key, value in run.made.items()
+            )
+        else:
+            other = known.get("settings") != run.digest and target.exists()
+        if other:
+            return target
     return None

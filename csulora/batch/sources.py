@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from csulora.batch.journal import FILE as JOURNAL
 from csulora.errors import UsageError
 from csulora.files.peft_config import FILE as CONFIG
+from csulora.output import WEIGHTS
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -27,14 +29,39 @@ class Item(NamedTuple):
     local: bool = True
 
 
-def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
+class PassedOver(NamedTuple):
+    """What a walk does not take for an adapter, and somebody may have meant as one."""
+
+    links: list[str]  # to folders
+    bare: list[str]  # folders with weights and no configuration
+
+    def told(self) -> Iterator[str]:
+        """One line for each kind."""
+        if self.links:
+            yield f"not followed: {_first(self.links, 'link')} to folders; name it to correct it"
+        if self.bare:
+            yield f"passed over: {_first(self.bare, 'folder')} with {WEIGHTS} and no {CONFIG}"
+
+
+def _first(paths: Sequence[str], kind: str) -> str:
+    return f"{len(paths)} {kind}{'s' * (len(paths) > 1)} (the first: {paths[0]})"
+
+
+def find(
+    arguments: Iterable[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str] | None = None,
+    passed_over: PassedOver | None = None,
+) -> list[Item]:
     """The adapters that the arguments name, in order.
 
     An adapter folder or a hub id goes to `<its name>`. A folder that is no adapter but holds some
     further down stands for all of them, and a pattern (`*`, `?`, `[...]` within a name, `**` for any
     number of folders) for those that match; they keep their path below that folder, or below the part
     of the pattern without wildcards. Links to folders are not followed, hidden folders not entered,
-    and an adapter inside another one is not an adapter of its own.
+    and an adapter inside another one is not an adapter of its own. Nor is what lies in `out_dir`, where
+    that is below such a folder.
+
+    passed_over: to be filled with what was met on the way.
 
     Raises UsageError for a pattern without a match and where there are no adapters at all.
     """
@@ -43,7 +70,7 @@ def find(arguments: Iterable[str | os.PathLike[str]]) -> list[Item]:
         argument = os.fspath(given)
         if not argument or "\0" in argument:
             raise UsageError(f"{argument!r}: cannot be the name of an adapter")
-        items.extend(_expand(argument))
+        items.extend(_expand(argument, partial(folders_with, but=out_dir, passed=passed_over)))
     if not items:
         raise UsageError("no adapters given")
     return items
@@ -110,29 +137,27 @@ def _parents(path: str) -> Iterator[str]:
         path = parent
 
 
-def _expand(argument: str) -> Iterable[Item]:
+def _expand(argument: str, walk: Callable[..., Iterable[str]]) -> Iterable[Item]:
     if _MAGIC.search(argument) and not os.path.lexists(argument):
-        return _matches(argument)
+        return _matches(argument, walk)
     if os.path.isdir(argument) and not os.path.lexists(os.path.join(argument, CONFIG)):
-        below = [
-            Item(path, os.path.relpath(path, argument)) for path in folders_with(argument, [CONFIG])
-        ]
+        below = [Item(path, os.path.relpath(path, argument)) for path in walk(argument, [CONFIG])]
         if below:
             return below
     name = Path(os.path.abspath(argument)).name
     return [Item(argument, name, local=os.path.lexists(argument))]
 
 
-def _matches(pattern: str) -> list[Item]:
+def _matches(pattern: str, walk: Callable[..., Iterable[str]]) -> list[Item]:
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     base = os.path.join(*parts[:fixed]) if fixed else "."
     if _fits((), parts[fixed:]) and os.path.lexists(os.path.join(base, CONFIG)):
-        return [*_expand(base)]  # as if it had been named
+        return [*_expand(base, walk)]  # as if it had been named
     deepest = None if "**" in parts else len(parts) - fixed
     items = [
         Item(path if fixed else relative, relative)
-        for path in (folders_with(base, [CONFIG], deepest) if os.path.isdir(base) else ())
+        for path in (walk(base, [CONFIG], deepest) if os.path.isdir(base) else ())
         if _fits((relative := os.path.relpath(path, base)).split(os.sep), parts[fixed:])
     ]
     if not items:
@@ -161,32 +186,56 @@ def _with_skips(reached: set[int], pattern: Sequence[str]) -> set[int]:
     return reached
 
 
-def folders_with(base: str, files: Collection[str], depth: int | None = None) -> Iterator[str]:
+def folders_with(
+    base: str,
+    files: Collection[str],
+    depth: int | None = None,
+    *,
+    but: str | os.PathLike[str] | None = None,
+    passed: PassedOver | None = None,
+) -> Iterator[str]:
     """Folders below `base` that hold any of these files, sorted, at most `depth` levels down.
 
     Without a depth the walk does not go on below such a folder. Links to folders are not followed,
     hidden folders not entered. Raises UsageError for a folder that cannot be listed: what it holds would
     be passed over in silence.
+
+    but: a folder that is not entered, nor taken. passed: to be filled on the way.
     """
-    left = [(path, 1) for path in reversed(_folders(base))]
+    apart = None if but is None else os.path.relpath(os.path.realpath(but), os.path.realpath(base))
+    apart = None if apart is None else os.path.join(base, apart)
+    left = [(path, 1) for path in reversed(_folders(base, passed))]
     while left:  # no recursion: folders may be deeper than Python's stack
         path, level = left.pop()
+        if path == apart:
+            continue
         found = any(os.path.lexists(os.path.join(path, file)) for file in files)
         if found:
             yield path
+        elif passed is not None and os.path.lexists(os.path.join(path, WEIGHTS)):
+            passed.bare.append(path)
         if level < depth if depth is not None else not found:
-            left += [(below, level + 1) for below in reversed(_folders(path))]
+            left += [(below, level + 1) for below in reversed(_folders(path, passed))]
 
 
-def _folders(base: str) -> list[str]:
+def _folders(base: str, passed: PassedOver | None) -> list[str]:
     """The folders in a folder, sorted, without hidden ones and links."""
     try:
         with os.scandir(base) as entries:
-            names = sorted(
-                entry.name
+            found = sorted(
+                (entry.name, entry.is_symlink())
                 for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+                if not entry.name.startswith(".")
+                and (entry.is_dir(follow_symlinks=False) or _leads_to_folder(entry))
             )
     except OSError as error:
         raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
-    return [os.path.join(base, name) for name in names]
+    if passed is not None:
+        passed.links.extend(os.path.join(base, name) for name, is_link in found if is_link)
+    return [os.path.join(base, name) for name, is_link in found if not is_link]
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and os.path.isdir(
+        entry
+    )  # False where it leads nowhere, or in a circle

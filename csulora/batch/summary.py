@@ -61,7 +61,7 @@ class Summary:
         self.failures: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # the first error of each kind of failure
         self.bytes_in = self.bytes_out = 0
-        self.off, self.change = array("f"), array("f")
+        self.off, self.change = array("d"), array("d")
         self._slowest: list[tuple[float, str]] = []
         self._extremes: dict[tuple[str, int], list[tuple[float, Outlier]]] = {}
         self._start = self._end = time.monotonic()
@@ -117,11 +117,12 @@ class Summary:
             middle = statistics.median(values)
             # 1.4826 times the median distance is the standard deviation of a normal distribution.
             unit = 1.4826 * statistics.median(abs(value - middle) for value in values)
+            rounding = ROUNDING * max(1.0, abs(middle))
             for sign in (1, -1):
                 for value, outlier in self._extremes[figure, sign]:
                     distance = abs(sign * value - middle)
-                    if distance > max(FAR * unit, ROUNDING):
-                        far = distance / max(unit, ROUNDING)
+                    if distance > max(FAR * unit, rounding):
+                        far = distance / max(unit, rounding)
                         found[outlier] = max(far, found.get(outlier, 0.0))
         return sorted(found, key=lambda outlier: -found[outlier])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from csulora.batch import Call, find, pick_engine, stream
-from csulora.batch.sources import check_targets
+from csulora.batch.sources import PassedOver, check_targets
 from csulora.batch.summary import Summary, probe
 from csulora.cli.batch_summary import print_summary
 from csulora.cli.method_options import correction_from
@@ -38,7 +38,11 @@ LONGEST_LIST = 1 << 28  # bytes of names
 
 
 def run(arguments: argparse.Namespace) -> int:
-    call, items = _call(arguments), find([*arguments.adapters, *_listed(arguments.adapters_from)])
+    call, passed_over = _call(arguments), PassedOver([], [])
+    named = [*arguments.adapters, *_listed(arguments.adapters_from)]
+    items = find(named, call.out_dir, passed_over)
+    for line in passed_over.told():
+        say(f"csulora: warning: {one_line(line)}")
     start = pick_engine(arguments.engine, arguments.ray_address, arguments.jobs)
     page = None if arguments.page is None else Path(arguments.page)
     if page is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from csulora.cli.output import progress, stdout
 from csulora.errors import UsageError
 from csulora.estimation import estimate
+from csulora.files.plain import check_writable
 from csulora.subspace import is_subspace_file
 from csulora.text import one_line, span
 
@@ -66,8 +66,6 @@ def _check_out(out: Path) -> None:
     """Raise UsageError now, not after hours of work, if the result could not be written there."""
     if out.is_dir():
         raise UsageError(f"{out}: is a folder; --out names the file to write")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{out}: cannot be written, {folder} is not a folder to write to")
+    check_writable(out)
     if out.exists() and not is_subspace_file(out):
         raise UsageError(f"{out}: exists and is not a subspace file; remove it or name another")

@@ -15,7 +15,7 @@ from csulora.adapter import LoraAdapter
 from csulora.cli.method_options import correction_from
 from csulora.cli.output import stdout
 from csulora.correction import decompose_each
-from csulora.errors import CsuloraError
+from csulora.errors import CsuloraError, UsageError
 from csulora.files.names import natural
 from csulora.geometry import NO_VERDICT, Geometry, Place, geometry
 from csulora.report import BLOCKS, ModuleReport, Report, Totals, plain_strength
@@ -30,6 +30,8 @@ LYING = ("read gain", "overlap")
 
 def run(arguments: argparse.Namespace) -> int:
     correction = correction_from(arguments)
+    if arguments.plot and not arguments.plot.lower().endswith(".png"):
+        raise UsageError(f"{one_line(arguments.plot)}: a plot is a PNG, name a .png file")
     subspace = SafetySubspace.load(arguments.subspace, rank=arguments.subspace_rank)
     try:
         adapter = LoraAdapter.load(arguments.adapter, pass_through=arguments.pass_through)

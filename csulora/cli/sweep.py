@@ -243,7 +243,7 @@ def _print_evaluation(
     lines = [f"{text[0].upper()}{text[1:]}." for text in (result["prompts"], *result["notes"])]
     best = result["best"]
     if best is None:
-        lines.append(f"No setting is within {wish.goal.limit}.")
+        lines.append(f"No setting that was tried is within {wish.goal.limit}.")
     else:
         assert found.best is not None
         lines += [

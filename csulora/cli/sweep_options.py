@@ -31,13 +31,13 @@ def add_grid(group: Any) -> None:
     )
     group.add_argument(
         "--ranks",
-        type=_whole_numbers,
+        type=whole_numbers,
         metavar="k,...",
         help="numbers of leading directions (default: 2, 4, 8, ... and all)",
     )
     group.add_argument(
         "--strengths",
-        type=_numbers,
+        type=numbers,
         metavar="X,...",
         help="strengths (default: 0.3 to 1000 and inf); with an evaluation the first ones of each "
         "family (default: a third, two thirds and all of its largest change)",
@@ -95,9 +95,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, _words(text)))
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, _words(text)))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from csulora.batch.sources import folders_with
-from csulora.cli.output import progress, stdout
+from csulora.batch.sources import PassedOver, folders_with
+from csulora.cli.output import progress, say, stdout
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.output import REPORT, WEIGHTS
 from csulora.subspace import SafetySubspace
-from csulora.text import one_line
+from csulora.text import listed, one_line
 from csulora.verification import Verification, verify
 
 FORMAT = "csulora_verify/1"
@@ -23,6 +24,8 @@ FILES = (WEIGHTS, CONFIG, REPORT)
 
 def run(arguments: argparse.Namespace) -> int:
     folders = [found for argument in arguments.folders for found in outputs_in(argument)]
+    if missing := _without_output(folders, arguments):
+        say(f"csulora: warning: no output here of {listed(missing)}")
     subspace = None if arguments.subspace is None else SafetySubspace.load(arguments.subspace)
     found = []
     with progress("verifying") as report:
@@ -67,7 +70,7 @@ def _verified(
 def _source(given: str, relative: str) -> str:
     """The adapter that an output was made of: `given` itself, or in it under the output's path."""
     below = os.path.join(given, relative)
-    itself = os.path.lexists(os.path.join(given, CONFIG)) or not os.path.isdir(given)
+    itself = _holds(given, [CONFIG]) or not os.path.isdir(given)
     return given if itself else below
 
 
@@ -78,12 +81,38 @@ def outputs_in(argument: str) -> Iterator[tuple[Path, str]]:
     """
     if not os.path.isdir(argument):
         raise UsageError(f"{argument}: no such folder")
-    if any(os.path.lexists(os.path.join(argument, file)) for file in FILES):
+    if _holds(argument, FILES):
         yield Path(argument), os.path.basename(os.path.abspath(argument))
         return
+    passed = PassedOver([], [])
     some = False
-    for path in folders_with(argument, FILES):
+    for path in itertools.chain(folders_with(argument, FILES, passed=passed), _linked(passed)):
         some = True
         yield Path(path), os.path.relpath(path, argument)
     if not some:
         raise UsageError(f"{argument}: holds no outputs")
+
+
+def _linked(passed: PassedOver) -> Iterator[str]:
+    """Links to what looks like an output: a server follows them."""
+    for path in sorted(passed.links):
+        if _holds(path, FILES):
+            yield path
+
+
+def _without_output(
+    folders: Sequence[tuple[Path, str]], arguments: argparse.Namespace
+) -> list[str]:
+    """Adapters in the folder of all sources of which no output is among those in folders of all."""
+    source = arguments.source
+    if source is None or not os.path.isdir(source) or _holds(source, [CONFIG]):
+        return []
+    if any(_holds(argument, FILES) for argument in arguments.folders):
+        return []
+    there = {relative for _, relative in folders}
+    adapters = folders_with(source, [CONFIG])
+    return [path for path in adapters if os.path.relpath(path, source) not in there]
+
+
+def _holds(folder: str, files: Iterable[str]) -> bool:
+    return any(os.path.lexists(os.path.join(folder, file)) for file in files)

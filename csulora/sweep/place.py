@@ -91,10 +91,11 @@ class Place:
         """Give up the lock; a file without evaluations goes with it, and a folder made in vain."""
         if not self._end:
             with contextlib.suppress(OSError):
-                (self.path / EVALUATIONS).unlink()
-            if self._new:
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()
+                # Somebody may have taken it away meanwhile, and another sweep begun there.
+                if os.path.samestat(os.fstat(self._file), os.lstat(self.path / EVALUATIONS)):
+                    (self.path / EVALUATIONS).unlink()
+                    if self._new:
+                        self.path.rmdir()
         release(self._file)
 
     def _write(self, entry: Mapping[str, Any]) -> None:

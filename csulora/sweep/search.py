@@ -69,9 +69,9 @@ def search(
 ) -> Requests:
     """Yields strengths to evaluate, and is sent the metrics of each, None where the evaluation failed.
 
-    First coarse ones, then, where a point within the limit follows one beyond it, halves of the change
-    between the two. What it asks for depends on what it was sent alone. raw: of the raw adapter, None
-    where they are not known; it counts as beyond the limit then.
+    First coarse ones, then halves of the change between two points, one within the limit and one beyond
+    it. What it asks for depends on what it was sent alone. raw: of the raw adapter, None where they are
+    not known; it counts as beyond the limit then.
     """
     first = coarse or sorted({path.strength_at(share * path.extreme) for share in COARSE})
     tried = dict((yield list(first)))
@@ -82,8 +82,7 @@ def search(
             metrics = tried[strength]
             if metrics is not None:
                 points.append((path.change(strength), goal.within(metrics)))
-        pairs = itertools.pairwise(points)
-        bounds = next(((a, b) for (a, before), (b, after) in pairs if after and not before), None)
+        bounds = _bounds(points)
         if bounds is None or bounds[1] - bounds[0] < NEAR:
             return
         between = (
@@ -93,6 +92,15 @@ def search(
         if new is None:
             return
         tried |= yield [new]
+
+
+def _bounds(points: Sequence[tuple[float, bool]]) -> tuple[float, float] | None:
+    """Between which two changes the limit is met: by the first that gets within it, else by the last
+    that leaves it. points: a change each, and whether it is within the limit."""
+    pairs = list(itertools.pairwise(points))
+    comes = [(a, b) for (a, before), (b, after) in pairs if after and not before]
+    leaves = [(a, b) for (a, before), (b, after) in pairs if before and not after]
+    return next(iter(comes + leaves[::-1]), None)
 
 
 def pick(

@@ -140,6 +140,28 @@ def test_resume_with_other_settings_mixes_nothing(change, capsys, batch):
     assert builders.tree(out) == before
 
 
+@pytest.mark.parametrize("journal", ["gone", "empty"])
+def test_resume_mixes_nothing_where_the_journal_has_no_lines(journal, capsys, batch):
+    """As a run that was killed in its first second leaves it."""
+    source, common, out = batch
+    assert run_correct(capsys, source, *common).code == 0
+    shutil.rmtree(out / "t" / "a")
+    if journal == "gone":
+        (out / JOURNAL).unlink()
+    else:
+        (out / JOURNAL).write_bytes(b"")
+    before = builders.tree(out)
+    result = run_correct(capsys, source, *common, "--resume", "--json", "--lambda-off", 3)
+    assert outcomes(result)["a"] == ("failed", "not started")
+    assert builders.tree(out) | before == before
+    result = run_correct(capsys, source, *common, "--resume", "--json")
+    assert outcomes(result) == {
+        "a": ("corrected", None),
+        "b": ("skipped", None),
+        "c": ("skipped", None),
+    }
+
+
 @pytest.mark.parametrize("form", ["same", "exact"])
 def test_a_batch_by_realignment(form, capsys, batch, subspace):
     """Made, recognised, verified from its source, and another strength is another result."""

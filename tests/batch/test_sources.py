@@ -7,9 +7,10 @@ import time
 
 import builders
 import pytest
+from builders import WEIGHTS
 
 from csulora import UsageError
-from csulora.batch.sources import Item, check_targets, find
+from csulora.batch.sources import Item, PassedOver, check_targets, find
 
 
 @pytest.fixture
@@ -56,6 +57,32 @@ def test_sources_are_paths_that_exist(tree):
             assert local
             assert os.path.exists(os.path.join(source, builders.CONFIG))
             assert source.endswith(target)
+
+
+def test_what_is_passed_over_is_told(tree, capsys, subspace, tmp_path):
+    (tree / "bare").mkdir()
+    (tree / "bare" / WEIGHTS).write_bytes(b"")
+    (tree / "nowhere").symlink_to(tree / "gone")
+    (tree / "loop").symlink_to(tree / "loop")
+    passed_over = PassedOver([], [])
+    find(["in"], passed_over=passed_over)
+    assert passed_over == (["in/link"], ["in/bare"])
+    common = ("--subspace", subspace, "--out-dir", tmp_path / "out")
+    result = builders.run_correct(capsys, "in", *common)
+    link, bare = result.warnings[:2]
+    assert "1 link (the first: in/link) to folders" in link and "in/bare" in bare
+    result = builders.run_correct(capsys, "in/a", *common, "--overwrite")
+    assert not result.warnings
+
+
+@pytest.mark.parametrize("argument", ["in", "in/**", "**"])
+def test_an_output_folder_within_a_tree_is_not_a_source(tree, argument, capsys, subspace):
+    call = (argument, "--subspace", subspace, "--out-dir", tree / "made" / "here")
+    for existing in ([], ["--resume"], ["--overwrite"]):
+        result = builders.run_correct(capsys, *call, *existing, "--json")
+        assert result.code == 0, result.err
+        kinds = {entry[0] for entry in builders.outcomes(result).values()}
+        assert kinds == ({"skipped"} if existing == ["--resume"] else {"corrected"})
 
 
 def test_several_arguments_and_a_hub_id(tree):

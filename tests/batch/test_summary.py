@@ -50,6 +50,10 @@ def test_outliers_are_named_at_both_ends_and_only_among_many():
         ("high", "off"),
         ("low", "off"),
     ]
+    alike = Summary(25)
+    for i in range(25):
+        alike.add(outcome(f"n{i}", off=0.2, change=209.21323))
+    assert alike.outliers() == []
     few = Summary(3)
     for off in (0.1, 0.1, 0.9):
         few.add(outcome("x", off=off))
@@ -102,9 +106,10 @@ def test_page(many, capsys, tmp_path, suffix):
         assert "&lt;b&gt;$evil$" in text and "<b>" not in text
 
 
-@pytest.mark.parametrize("name", ["page.pdf", "folder.png"])
+@pytest.mark.parametrize("name", ["page.pdf", "folder.png", "file/page.png"])
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(many, capsys, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
     result = builders.run(capsys, "correct", *many, "--page", tmp_path / name)
     assert (result.code, len(result.complaints)) == (2, 1)
     assert not (tmp_path / "out").exists()

@@ -69,6 +69,19 @@ def test_one_sweep_at_a_time(tmp_path):
     assert os.listdir(tmp_path / "mine") == []
 
 
+def test_the_folder_of_another_sweep_is_left_alone(tmp_path):
+    """One that began where this one's folder was taken away."""
+    first = Place(tmp_path / "out", None)
+    shutil.rmtree(tmp_path / "out")
+    second = Place(tmp_path / "out", None)
+    first.close()
+    second.keep("a", {"x": 1.0}, command="c")
+    second.close()
+    third = Place(tmp_path / "out", None)
+    assert third.find("a") == {"x": 1.0}
+    third.close()
+
+
 def test_what_is_kept_and_what_is_refused(tmp_path):
     out = tmp_path / "out"
     place = Place(out, None)

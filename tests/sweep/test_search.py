@@ -75,6 +75,20 @@ def test_nothing_is_halved_where_the_raw_adapter_is_within_the_limit(path):
     assert len(order) > 1
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_limit_that_the_raw_adapter_keeps_is_found_from_the_other_side(path, share):
+    """As `utility>=0.9` is: kept by small changes, and lost by large ones."""
+    at = share * path.extreme
+
+    def metrics(change):
+        return {"complied": min(1.0, max(0.0, 0.1 + change - at)), "utility": change}
+
+    tried, _ = follow(path, metrics, raw=metrics(0.0))
+    strength, found = pick(path, GOAL, tried)
+    assert GOAL.within(found)
+    assert 0 <= at - path.change(strength) <= max(NEAR, path.extreme / 3 / 2**6) + 1e-3
+
+
 def test_failed_evaluations_are_gone_around(path):
     failing = {}
 
