@@ -85,8 +85,6 @@ def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
         given.prompts = {kind: [vars(example) for example in rows] for kind, rows in shipped}
     else:
         given.prompts = {kind: read(file, kind, parser) for kind, file in files.items()}
-    if given.limit is not None and given.limit < 1:
-        parser.error("--limit must be at least 1")
     if given.template is not None and "{prompt}" not in given.template:
         parser.error("--template needs {prompt}")
     if given.adapter and not (given.adapter / "adapter_model.safetensors").is_file():
@@ -101,18 +99,14 @@ def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def read(file: Path, kind: str, parser: argparse.ArgumentParser) -> list[dict]:
     """The rows of a JSONL file."""
     needed = {"prompt", "answer"} if kind == "skill" else {"prompt"}
-    rows = []
-    # Not splitlines(), which takes some characters within a text for ends of lines.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            parser.error(f"{file}: line {number} is no JSON ({error.msg})")
-        if row is not None and not (isinstance(row, dict) and needed <= row.keys()):
-            parser.error(f"{file}: line {number} needs {' and '.join(sorted(needed))}")
-        rows += [row] if row is not None else []
-    if not rows:
-        parser.error(f"{file}: holds no lines")
+    try:  # splitlines() would take some characters within a text for ends of lines
+        lines = file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        complete = all(needed <= row.keys() for row in rows)
+    except (json.JSONDecodeError, AttributeError):  # no JSON, or no object
+        complete = False
+    if not complete or not rows:
+        parser.error(f"{file}: every line needs {' and '.join(sorted(needed))}")
     return rows
 
 
