@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csulora.adapter import LoraAdapter, write_folder
 from csulora.errors import CsuloraError
-from csulora.report import Report, rank_warnings
+from csulora.report import Report
 from csulora.serving.cache import Cache
 from csulora.serving.config import ServingConfig
 from csulora.serving.forms import pick
@@ -19,7 +19,7 @@ from csulora.serving.recent import Recent, Refusals
 from csulora.serving.record import FILE_MODE, Record
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
-from csulora.settings import Correction, Method
+from csulora.settings import Method
 from csulora.subspace import SafetySubspace
 
 
@@ -89,7 +89,7 @@ class Entries:
             )
         method, rank = pick(self.sources.ranks(adapter), self._config, limit)
         corrected, report = self._result(adapter, method)
-        self._check(report, method)
+        self._check(report)
         return corrected, method, rank
 
     def sound(self, key: str) -> Entry:
@@ -134,7 +134,7 @@ class Entries:
             begin = time.perf_counter()
             corrected, report = self._result(given, method)
             try:
-                self._check(report, method)
+                self._check(report)
             except RefusedError as error:
                 if error.reason == "rank error":  # from now on without making it
                     self._refused.set(key, error.plain())
@@ -225,12 +225,8 @@ class Entries:
             raise RefusedError("changed", f"{facts.source.folder}: is being changed")
         return adapter
 
-    def _check(self, report: Report, method: Method) -> None:
+    def _check(self, report: Report) -> None:
         """Raise RefusedError for a result that is not to be served."""
         if report.passed_through:
             raise RefusedError("not lora", "holds tensors that would pass uncorrected")
-        if self._config.fixed_form or not isinstance(method, Correction):
-            return
-        warnings = rank_warnings(report.totals, report.modules)
-        if warnings:
-            raise RefusedError("rank error", warnings[0])
+        self._policy.check_fit(report)

@@ -16,7 +16,7 @@ from csulora.files.folders import inside, whole_folder
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.files.plain import copy_file, sha256_file
 from csulora.output import REPORT, SIGNATURE, WEIGHTS, written_report
-from csulora.report import Report, rank_warnings
+from csulora.report import Report
 from csulora.serving.config import ServingConfig
 from csulora.serving.identity import Identity, is_settled, of_proof, of_signed
 from csulora.serving.policy import Policy
@@ -132,8 +132,7 @@ class Proofs:
                 folder,
                 "it was corrected with other settings, or another subspace, than the server's",
             )
-        if rank_warnings(report.totals, report.modules) and not self.config.fixed_form:
-            raise RefusedError("rank error", rank_warnings(report.totals, report.modules)[0])
+        self.policy.check_fit(report)
         return report
 
     def _recompute(self, folder: Path, copied: Path, source: Path) -> None:
