@@ -71,11 +71,9 @@ class Entries:
             if signed is None:
                 return self._copied(facts, "recomputed", self._policy.digest)
             return self._copied(facts, "signed", signed)
-        if self._config.mode == "require":
-            raise RefusedError(
-                "not corrected", "is not corrected, and this server takes corrected adapters only"
-            )
         method, rank = pick(facts.ranks, self._config, limit)
+        if self._config.mode == "require":
+            return self._restored(facts, method)
         return self._corrected(facts, adapter, method, rank)
 
     def in_memory(self, adapter: LoraAdapter, limit: int | None) -> tuple[LoraAdapter, Method, int]:
@@ -107,7 +105,9 @@ class Entries:
             )
         if not self._proofs.trusts(before):
             raise RefusedError("not corrected", "its cache entry was made with other settings")
-        return self._repaired(key, before)
+        folder = Path(before.source)
+        facts = self.sources.known(folder) or self.sources.read(folder)[0]
+        return self._repaired(key, before, facts)
 
     def _keys(self, facts: Facts, limit: int | None) -> list[str]:
         """Of the entries that would do for an adapter."""
@@ -199,12 +199,21 @@ class Entries:
         self._trusted.set(key, True)
         return Entry(key, record, made, seconds or {})
 
-    def _repaired(self, key: str, before: Record) -> Entry:
-        folder = Path(before.source)
-        facts = self.sources.known(folder) or self.sources.read(folder)[0]
+    def _restored(self, facts: Facts, method: Method) -> Entry:
+        """A damaged entry of which the record is there, made as it was. Raises RefusedError."""
+        key = self._policy.key(facts.source, method)
+        before = self._cache.remembered(key)
+        if before is None or before.how != "corrected" or not self._proofs.trusts(before):
+            raise RefusedError(
+                "not corrected", "is not corrected, and this server takes corrected adapters only"
+            )
+        return self._repaired(key, before, facts)
+
+    def _repaired(self, key: str, before: Record, facts: Facts) -> Entry:
+        """A damaged entry, made anew of the same source, in mode "require" with the same bytes."""
         if facts.source.digests != before.source_digests:
             raise RefusedError(
-                "changed", f"its cache entry is damaged, and {folder} is another now"
+                "changed", f"its cache entry is damaged, and {before.source} is another now"
             )
         if before.how == "corrected":
             method = replace(self._config.method, form=before.form)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from csulora.text import one_line
 
 __all__ = ["Admitted", "Guard", "How", "RefusedError", "guard", "refusal_text"]
 
-How = Literal["corrected", "hit", "waited", "signed", "recomputed", "raw"]
+How = Literal["corrected", "hit", "waited", "signed", "recomputed", "repaired", "raw"]
 AT_ONCE = 2  # adapters in memory at a time: each takes several times its bytes
 _COUNTED = {"hit": "hits", "waited": "waits"}
 

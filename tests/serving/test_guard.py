@@ -167,16 +167,6 @@ def test_the_source_changes_and_its_path_stays(place):
     g.check(second.path, "one")
 
 
-def test_require_serves_what_is_in_the_cache_and_corrects_nothing(place):
-    one, two = place.adapter("one"), place.adapter("two", seed=1)
-    place.guard().admit(one, "one")
-    g = place.guard(mode="require")
-    assert g.admit(one, "one").how == "hit"
-    error = refused(g, two)
-    assert error.reason == "not corrected"
-    assert len(place.entries()) == 1
-
-
 def test_observe_serves_raw_and_says_what_would_change(place):
     one, two = place.adapter("one"), place.adapter("two")
     builders.edit_tensors(two / WEIGHTS, add("odd"))
