@@ -179,14 +179,24 @@ def folders_with(base: str, files: Collection[str], depth: int | None = None) ->
 
 
 def _folders(base: str) -> list[str]:
-    """The folders in a folder, sorted, without hidden ones and links."""
+    return subfolders(base)[0]
+
+
+def subfolders(base: str) -> tuple[list[str], list[str]]:
+    """The folders in a folder without hidden ones, and the links to folders, both sorted.
+
+    Raises UsageError for a folder that cannot be listed.
+    """
+    folders, links = [], []
     try:
         with os.scandir(base) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
-            )
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    links.append(entry.path)
     except OSError as error:
         raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
-    return [os.path.join(base, name) for name in names]
+    return sorted(folders), sorted(links)

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -188,6 +189,14 @@ def make_folders(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless something may be made in a folder."""
+    if not stat.S_ISDIR(os.stat(folder).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def recover_folders(parent: Path, names: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from csulora.errors import CsuloraError
 from csulora.files.json import read_json
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
+from csulora.serving.borrowed import BorrowedCache
 from csulora.serving.canary import Stack
 from csulora.serving.config import Mode, ServingConfig
 from csulora.serving.forms import MAX_RANKS
@@ -19,8 +20,8 @@ from csulora.serving.guard import Admitted, Guard
 from csulora.serving.refused import RefusedError
 from csulora.subspace import SafetySubspace
 
-# Reasons that a larger rank may mend.
-_OF_RANK = ("rank", "rank error")
+# Reasons that another rank may mend; by "not corrected", where the cache has the other form.
+_OF_RANK = ("rank", "rank error", "not corrected")
 _SAVED_BY_VLLM = ("classifier", "score")
 _REFUSED_BY_VLLM = (
     *("use_dora", "lora_bias", "alora_invocation_tokens"),
@@ -83,11 +84,15 @@ def check_folder(
 ) -> Finding:
     """Let a guard decide about an adapter folder, with a cache that is thrown away.
 
+    In mode "require" it has what the configuration's has, since that decides there.
+
     config: of `server_config`. max_rank: the server's max_lora_rank; None: that of the configuration,
     else no limit. Raises CsuloraError where no guard can stand.
     """
-    with tempfile.TemporaryDirectory(prefix="csulora-serve-check-") as cache:
-        guard = Guard(replace(config, cache=Path(cache), cache_bytes=None, audit=None))
+    with tempfile.TemporaryDirectory(prefix="csulora-serve-check-") as temporary:
+        root = Path(temporary)
+        cache = BorrowedCache(root, config.cache) if config.mode == "require" else None
+        guard = Guard(replace(config, cache=root, cache_bytes=None, audit=None), cache=cache)
         guard.open(subspace)
         try:
             admitted = guard.admit(folder, folder.name, max_rank=max_rank)

@@ -63,12 +63,15 @@ class Admitted:
 class Guard:
     """Decides for one process. All its methods may be called from any number of threads at once.
 
-    at_once: how many adapters are read and corrected side by side.
+    at_once: how many adapters are read and corrected side by side. cache: in place of that of the
+    configuration.
     """
 
-    def __init__(self, config: ServingConfig, *, at_once: int = AT_ONCE) -> None:
+    def __init__(
+        self, config: ServingConfig, *, at_once: int = AT_ONCE, cache: Cache | None = None
+    ) -> None:
         self.config = config
-        self.cache = Cache(config.cache, config.cache_bytes)
+        self.cache = cache or Cache(config.cache, config.cache_bytes)
         self._audit = Audit(config.audit)
         self._flights = Flights()
         self._slots = threading.BoundedSemaphore(at_once)
@@ -86,17 +89,29 @@ class Guard:
         if self.config.mode == "off":
             return
         self._audit.check()
-        if self.config.trusted_keys:
-            # Needs a package of the extra "serve".
-            from csulora.serving.signature import check_trusted
-
-            check_trusted(self.config.trusted_keys)
+        self._check_keys()
         self.cache.open()
         self.subspace = subspace or SafetySubspace.load(self.config.subspace)
         self._entries = Entries(self.config, self.subspace, self.cache)
         self._observer = Observer(
             self.config, self.subspace, self._entries.sources, self._audit, self._slots
         )
+
+    def check_start(self) -> None:
+        """What `open` checks of audit log, keys and the cache's folder; nothing is made or changed.
+
+        Raises CsuloraError where `open` would.
+        """
+        self._audit.check(make=False)
+        self._check_keys()
+        self.cache.check()
+
+    def _check_keys(self) -> None:
+        if self.config.trusted_keys:
+            # Needs a package of the extra "serve".
+            from csulora.serving.signature import check_trusted
+
+            check_trusted(self.config.trusted_keys)
 
     @property
     def protects(self) -> bool:
