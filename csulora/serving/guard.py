@@ -148,6 +148,18 @@ class Guard:
                 return self._own(given, name, limit)
             return self._admit(Path(os.path.realpath(given)), name, limit)
 
+    def recall(
+        self, folder: str | os.PathLike[str], name: str, *, max_rank: int | None = None
+    ) -> Admitted | None:
+        """What `admit` gives where folder and entry are known; None where it has to read or make one.
+
+        None for an entry of the cache, too, and in the modes that serve raw adapters. Raises as `admit`.
+        """
+        if not self.protects or self.cache.key_at(folder) is not None:
+            return None
+        with self._refusals(name, Path(folder)):
+            return self._recalled(Path(os.path.realpath(folder)), name, self._limit(max_rank))
+
     def admit_tensors(
         self,
         tensors: Mapping[str, Tensor],
@@ -232,14 +244,21 @@ class Guard:
 
     def _admit(self, folder: Path, name: str, limit: int | None) -> Admitted:
         """`admit` of a folder that is none of the cache's, in the modes that protect."""
+        known = self._recalled(folder, name, limit)
+        if known is not None:
+            return known
+        with self._flights.of(folder) as waited, self._slots:
+            return self._read(folder, name, limit, "waited" if waited else "hit")
+
+    def _recalled(self, folder: Path, name: str, limit: int | None) -> Admitted | None:
+        """`_admit` where nothing has to be read or made for it."""
         if folder.is_relative_to(os.path.realpath(self.cache.root)):
             raise RefusedError("outside", "lies in csulora's cache and is no entry of it")
         facts = self._entries.sources.known(folder)
         found = None if facts is None else self._entries.of(facts, limit)
-        if facts is not None and found is not None:
-            return self._decided(facts, found, "hit", name)
-        with self._flights.of(folder) as waited, self._slots:
-            return self._read(folder, name, limit, "waited" if waited else "hit")
+        if facts is None or found is None:
+            return None
+        return self._decided(facts, found, "hit", name)
 
     def _read(self, folder: Path, name: str, limit: int | None, how: How) -> Admitted:
         """`_admit`, alone with the folder."""
