@@ -66,6 +66,9 @@ def _admitted(
             found[folder] = result
             if isinstance(result, RefusedError):
                 report.say(_complaint(folder, str(result)))
+            else:
+                for warning in result.warnings:
+                    report.say(f"csulora: warning: {one_line(f'{folder}: {warning}')}")
             report(len(found), len(waiting), os.path.basename(folder))
     if interrupted.is_set():
         raise Ended(interrupted.number)
@@ -124,4 +127,5 @@ def _entry(guard: Guard, folder: str, result: Admitted | RefusedError) -> dict[s
         "rank": result.rank,
         "form": result.form,
         "seconds": result.seconds,
+        "warnings": list(result.warnings),
     }

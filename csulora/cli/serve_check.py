@@ -78,6 +78,8 @@ def _folders(arguments: argparse.Namespace) -> int:
             findings.append(found)
             if not found.served:
                 report.say(f"csulora: refused: {one_line(_named(found))}")
+            for warning in found.warnings:
+                report.say(f"csulora: warning: {one_line(f'{folder}: {warning}')}")
             report(len(findings), len(folders), folder.name)
     _show(arguments, findings)
     return 0 if all(one.served for one in findings) else 1

@@ -60,7 +60,7 @@ class Audit:
                 "pid": os.getpid(),
                 "decision": decision,
                 "name": encodable(name),
-                **{key: value for key, value in details.items() if value not in (None, "", {})},
+                **{key: value for key, value in details.items() if value not in (None, "", {}, ())},
             }
             text = json.dumps(entry, default=lambda value: encodable(str(value)))
             with contextlib.suppress(Exception):  # of a handler that is not ours

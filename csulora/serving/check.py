@@ -38,6 +38,7 @@ class Finding:
     needs: the smallest max_lora_rank that takes it, None where none does.
     reason: short code of a refusal, as in `RefusedError`, or "stack" for one of the stack's own; error:
         its text. Both empty where it is served.
+    warnings: as in `Admitted`.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Finding:
     needs: int | None = None
     reason: str = ""
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def served(self) -> bool:
@@ -64,6 +66,7 @@ class Finding:
             "max_lora_rank": self.needs,
             "reason": self.reason,
             "error": self.error,
+            "warnings": list(self.warnings),
         }
 
 
@@ -106,7 +109,8 @@ def check_folder(
         needs = _smallest(guard, folder, stack)
         if objection is not None:
             return Finding(folder, needs=needs, reason="stack", error=objection)
-        return Finding(folder, admitted.rank, admitted.form, admitted.how, needs)
+        served = admitted.rank, admitted.form, admitted.how
+        return Finding(folder, *served, needs, warnings=admitted.warnings)
 
 
 def smallest(findings: list[Finding]) -> int | None:

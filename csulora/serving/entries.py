@@ -16,7 +16,7 @@ from csulora.serving.forms import pick
 from csulora.serving.policy import Policy, key_of_copy
 from csulora.serving.proof import How, Proofs
 from csulora.serving.recent import Recent, Refusals
-from csulora.serving.record import FILE_MODE, Record
+from csulora.serving.record import FILE_MODE, Record, shortened
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
 from csulora.settings import Method
@@ -76,8 +76,10 @@ class Entries:
             return self._restored(facts, method)
         return self._corrected(facts, adapter, method, rank)
 
-    def in_memory(self, adapter: LoraAdapter, limit: int | None) -> tuple[LoraAdapter, Method, int]:
-        """An adapter that came without a folder, corrected; with its settings and its largest rank.
+    def in_memory(
+        self, adapter: LoraAdapter, limit: int | None
+    ) -> tuple[LoraAdapter, Report, Method, int]:
+        """An adapter that came without a folder, corrected; with its report, settings and largest rank.
 
         Raises RefusedError.
         """
@@ -88,7 +90,7 @@ class Entries:
         method, rank = pick(self.sources.ranks(adapter), self._config, limit)
         corrected, report = self._result(adapter, method)
         self._check(report)
-        return corrected, method, rank
+        return corrected, report, method, rank
 
     def sound(self, key: str) -> Entry:
         """An entry by its key, made anew where it is damaged and its source is still the same.
@@ -158,6 +160,7 @@ class Entries:
                 rank=rank,
                 form=method.form,
                 how="corrected",
+                warnings=shortened(report.warnings),
             )
 
         return self._placed(key, make, "corrected", seconds)

@@ -24,6 +24,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.names import find_adapter
 from csulora.serving.observer import Observer
 from csulora.serving.recent import Recent
+from csulora.serving.record import shortened
 from csulora.serving.refused import RefusedError, told
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
@@ -50,6 +51,7 @@ class Admitted:
     it is not known.
     seconds: what "read" (with the source's digests), "digest" (of an entry that was there), "correct" and
     "write" took, where they were done.
+    warnings: what the report of its correction warns of.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Admitted:
     form: str
     how: How
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Guard:
@@ -183,9 +186,12 @@ class Guard:
         with self._refusals(name, None):
             with self._slots:
                 adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
-                found, method, rank = self._entries.in_memory(adapter, limit)
+                found, report, method, rank = self._entries.in_memory(adapter, limit)
             counters.add("corrected")
-            self._audit.line("corrected", name, settings=method.to_dict(), rank=rank)
+            warnings = shortened(report.warnings)
+            self._audit.line(
+                "corrected", name, settings=method.to_dict(), rank=rank, warnings=warnings
+            )
             return found.tensors(), found.written_config()
 
     def check(self, path: str | os.PathLike[str], name: str) -> None:
@@ -297,10 +303,13 @@ class Guard:
             settings=self.config.method.to_dict() | {"form": found.record.form},
             rank=found.record.rank,
             seconds={step: round(value, 6) for step, value in seconds.items()},
+            warnings=found.record.warnings,
         )
-        record = found.record
-        path = self.cache.folder(found.key)
-        return Admitted(path, found.key, record.rank, record.form, how, seconds)
+        return self._of_entry(found, how, seconds)
+
+    def _of_entry(self, found: Entry, how: How, seconds: dict[str, float]) -> Admitted:
+        path, record = self.cache.folder(found.key), found.record
+        return Admitted(path, found.key, record.rank, record.form, how, seconds, record.warnings)
 
     def _own(self, given: Path, name: str, limit: int | None) -> Admitted:
         """An entry of the cache that the stack names by its path."""
@@ -309,8 +318,9 @@ class Guard:
         if limit is not None and record.rank > limit:
             raise RefusedError("rank", f"its rank is {record.rank}, and the server takes {limit}")
         counters.add("hits")
-        self._audit.line("hit", name, key=found.key, rank=record.rank, form=record.form)
-        return Admitted(self.cache.folder(found.key), found.key, record.rank, record.form, "hit")
+        details = {"rank": record.rank, "form": record.form, "warnings": record.warnings}
+        self._audit.line("hit", name, key=found.key, **details)
+        return self._of_entry(found, "hit", {})
 
     def _sound(self, key: str | None, name: str) -> Entry:
         if key is None:

@@ -21,7 +21,7 @@ from csulora.serving.config import ServingConfig
 from csulora.serving.identity import Identity, is_settled, of_proof, of_signed
 from csulora.serving.policy import Policy
 from csulora.serving.recent import Recent, Refusals
-from csulora.serving.record import FILE_MODE, Record
+from csulora.serving.record import FILE_MODE, Record, shortened
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
 from csulora.subspace import SafetySubspace
@@ -110,8 +110,9 @@ class Proofs:
                 raise RefusedError("changed", f"{folder}: changed while it was being read")
             if origin is None and self._signature(copied) != by:
                 raise RefusedError("changed", f"{folder}: its signature changed meanwhile")
+            warnings: list[str] = []
             if origin is not None:
-                self._recompute(folder, copied, origin)
+                warnings = self._recompute(folder, copied, origin).warnings
         return Record.of(
             facts.source,
             {"sha256": found.sha256, "config_sha256": found.config_sha256},
@@ -119,6 +120,7 @@ class Proofs:
             rank=facts.rank,
             form=str(facts.made.get("settings", {}).get("form", "")),
             how=how,
+            warnings=shortened(warnings),
         )
 
     def _report(self, folder: Path, copied: Path) -> Report:
@@ -135,12 +137,16 @@ class Proofs:
         self.policy.check_fit(report)
         return report
 
-    def _recompute(self, folder: Path, copied: Path, source: Path) -> None:
-        """Raise RefusedError unless the copy is what its source gives with the settings of the server."""
-        self._report(folder, copied)
+    def _recompute(self, folder: Path, copied: Path, source: Path) -> Report:
+        """The report of a copy that is what its source gives with the settings of the server.
+
+        Raises RefusedError for another one.
+        """
+        report = self._report(folder, copied)
         found = verify(copied, source=source, subspace=self.subspace, backend="torch", device="cpu")
         if not found.ok:
             raise _unproven(folder, found.problems[0])
+        return report
 
 
 def _unproven(folder: Path, reason: str) -> RefusedError:
