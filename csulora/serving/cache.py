@@ -281,7 +281,8 @@ class Cache:
         if found.st_mode & 0o777 != 0o700:
             raise CacheError(
                 f"cache: {self.root}: others may enter it, its mode is "
-                f"{stat.S_IMODE(found.st_mode):04o}; 0700 is needed"
+                f"{stat.S_IMODE(found.st_mode):04o}; 0700 is needed. Or name a folder in it that is not "
+                "there yet: it is made private"
             )
 
     def _verify(self, key: str, record: Record) -> bool:

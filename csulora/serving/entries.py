@@ -205,12 +205,28 @@ class Entries:
     def _restored(self, facts: Facts, method: Method) -> Entry:
         """A damaged entry of which the record is there, made as it was. Raises RefusedError."""
         key = self._policy.key(facts.source, method)
-        before = self._cache.remembered(key)
-        if before is None or before.how != "corrected" or not self._proofs.trusts(before):
-            raise RefusedError(
-                "not corrected", "is not corrected, and this server takes corrected adapters only"
-            )
+        before = self._recorded(key)
+        if before is None:
+            text = "is not corrected, and this server takes corrected adapters only"
+            raise RefusedError("not corrected", f"{text}{self._other_form(facts, method)}")
         return self._repaired(key, before, facts)
+
+    def _recorded(self, key: str) -> Record | None:
+        """The record of a correction with the settings of now, whatever has become of the entry."""
+        found = self._cache.remembered(key)
+        counts = found is not None and found.how == "corrected" and self._proofs.trusts(found)
+        return found if counts else None
+
+    def _other_form(self, facts: Facts, method: Method) -> str:
+        """What to add to a refusal where the cache has the adapter in a form for another rank."""
+        for form in facts.ranks:
+            key = self._policy.key(facts.source, replace(method, form=form))
+            if self._recorded(key) is not None:
+                return (
+                    f"; the cache has it in the form {form}, and the max_lora_rank of this server takes "
+                    f"the form {method.form}: run csulora prewarm with that --max-lora-rank"
+                )
+        return ""
 
     def _repaired(self, key: str, before: Record, facts: Facts) -> Entry:
         """A damaged entry, made anew of the same source, in mode "require" with the same bytes."""

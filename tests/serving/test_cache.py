@@ -82,7 +82,7 @@ def a_file(place, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (open_to_others, "others may enter it, its mode is 0755; 0700 is needed"),
+        (open_to_others, "others may enter it, its mode is 0755; 0700 is needed. Or name a folder"),
         (closed_to_itself, "mode is 0500"),
         (of_another, "belongs to user .*, this is user 12345"),
         (a_link, "is a link or no folder"),

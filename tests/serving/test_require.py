@@ -84,3 +84,18 @@ def test_require_makes_nothing_without_a_record_that_counts(place, record):
         place.guard(mode="require").admit(folder, "one")
     assert caught.value.reason == ("damaged" if record == "other bytes" else "not corrected")
     assert place.guard(mode="require").cache.find(path.name) is None
+
+
+def test_the_refusal_says_where_the_form_for_another_rank_is_there(place):
+    folder = place.adapter(rank=9)
+    weak = {"lambda_left": 0.1, "lambda_right": 0.1, "lambda_off": 0.1}
+    place.guard(weak).admit(folder, "one")
+    g = place.guard(weak, mode="require")
+    assert g.admit(folder, "one", max_rank=32).how == "hit"
+    error = refused(g, folder, max_rank=16)
+    assert error.reason == "not corrected" and str(error).endswith(
+        "the cache has it in the form exact, and the max_lora_rank of this server takes the form "
+        "same: run csulora prewarm with that --max-lora-rank"
+    )
+    assert "form" not in str(refused(place.guard(mode="require"), folder, max_rank=16))
+    assert "form" not in str(refused(g, place.adapter("two", seed=1), max_rank=8))
