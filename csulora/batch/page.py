@@ -16,8 +16,8 @@ import numpy as np
 
 from csulora.batch.summary import Summary
 from csulora.errors import CsuloraError, UsageError
-from csulora.files.folders import whole_file
-from csulora.files.plain import check_writable, write_bytes
+from csulora.files.folders import check_new_file, whole_file
+from csulora.files.plain import write_bytes
 from csulora.plots import new_figure
 from csulora.text import one_line
 
@@ -46,7 +46,7 @@ def check_page(path: Path) -> None:
         raise UsageError(f"{path}: a page is a .html or a .png file")
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
-    check_writable(path)
+    check_new_file(path)
     new_figure((1, 1))
 
 

@@ -219,23 +219,27 @@ def folders_with(
 
 
 def _folders(base: str, passed: PassedOver | None) -> list[str]:
-    """The folders in a folder, sorted, without hidden ones and links."""
+    folders, links = subfolders(base)
+    if passed is not None:
+        passed.links.extend(links)
+    return folders
+
+
+def subfolders(base: str) -> tuple[list[str], list[str]]:
+    """The folders in a folder without hidden ones, and the links to folders, both sorted.
+
+    Raises UsageError for a folder that cannot be listed.
+    """
+    folders, links = [], []
     try:
         with os.scandir(base) as entries:
-            found = sorted(
-                (entry.name, entry.is_symlink())
-                for entry in entries
-                if not entry.name.startswith(".")
-                and (entry.is_dir(follow_symlinks=False) or _leads_to_folder(entry))
-            )
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink() and os.path.isdir(entry.path):  # and not in a circle
+                    links.append(entry.path)
     except OSError as error:
         raise UsageError(f"{base}: cannot be listed ({error.strerror})") from None
-    if passed is not None:
-        passed.links.extend(os.path.join(base, name) for name, is_link in found if is_link)
-    return [os.path.join(base, name) for name, is_link in found if not is_link]
-
-
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and os.path.isdir(
-        entry
-    )  # False where it leads nowhere, or in a circle
+    return sorted(folders), sorted(links)

@@ -9,7 +9,7 @@ from pathlib import Path
 from csulora.cli.output import progress, stdout
 from csulora.errors import UsageError
 from csulora.estimation import estimate
-from csulora.files.plain import check_writable
+from csulora.files.folders import check_new_file
 from csulora.subspace import is_subspace_file
 from csulora.text import one_line, span
 
@@ -66,6 +66,6 @@ def _check_out(out: Path) -> None:
     """Raise UsageError now, not after hours of work, if the result could not be written there."""
     if out.is_dir():
         raise UsageError(f"{out}: is a folder; --out names the file to write")
-    check_writable(out)
+    check_new_file(out)
     if out.exists() and not is_subspace_file(out):
         raise UsageError(f"{out}: exists and is not a subspace file; remove it or name another")

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from csulora.batch import find
-from csulora.batch.sources import folders_with
 from csulora.cli.correct import cores
 from csulora.cli.output import progress, say, stdout
+from csulora.cli.served_adapters import served_adapters
 from csulora.cli.signals import Ended, Interruption, gentle
 from csulora.errors import UsageError
-from csulora.files.peft_config import FILE as CONFIG
 from csulora.serving.audit import silent
-from csulora.serving.config import ServingConfig, named
+from csulora.serving.config import named
 from csulora.serving.guard import Admitted, Guard, RefusedError
 from csulora.text import one_line
 
@@ -34,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     for option, value in (("--jobs", jobs), ("--max-lora-rank", arguments.max_lora_rank)):
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
-    folders = _adapters(arguments.adapters, config)
+    folders = served_adapters(arguments.adapters, config)
     torch.set_num_threads(1)  # a product's own threads would wait for each other
     # A server in mode "require" takes what is made here.
     guard = Guard(replace(config, mode="correct"), at_once=jobs)
@@ -49,16 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
         text = ", ".join(f"{count} {how}" for how, count in sorted(counts.items()))
         stdout().print(f"{text}: {guard.cache.root}", soft_wrap=True)
     return 1 if counts["failed"] else 0
-
-
-def _adapters(given: list[str], config: ServingConfig) -> list[str]:
-    """The folders of adapters that are named, or those that requests can name. Raises UsageError."""
-    if given:
-        return [item.source for item in find(given)]
-    found = [path for root in config.folders for path in folders_with(os.fspath(root), [CONFIG])]
-    if not found:
-        raise UsageError("no adapters: none are named, and the configuration's folders hold none")
-    return found
 
 
 def _admitted(
@@ -78,6 +66,9 @@ def _admitted(
             found[folder] = result
             if isinstance(result, RefusedError):
                 report.say(_complaint(folder, str(result)))
+            else:
+                for warning in result.warnings:
+                    report.say(f"csulora: warning: {one_line(f'{folder}: {warning}')}")
             report(len(found), len(waiting), os.path.basename(folder))
     if interrupted.is_set():
         raise Ended(interrupted.number)
@@ -136,4 +127,5 @@ def _entry(guard: Guard, folder: str, result: Admitted | RefusedError) -> dict[s
         "rank": result.rank,
         "form": result.form,
         "seconds": result.seconds,
+        "warnings": list(result.warnings),
     }

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from csulora.batch.sources import find
 from csulora.cli.output import progress, say, stdout
+from csulora.cli.served_adapters import served_adapters
 from csulora.errors import UsageError
 from csulora.serving.audit import silent
 from csulora.serving.canary import ask
 from csulora.serving.check import Finding, check_folder, server_config, smallest
-from csulora.serving.config import named
+from csulora.serving.config import ServingConfig, named
 from csulora.serving.forms import MAX_RANKS
+from csulora.serving.guard import Guard
 from csulora.subspace import SafetySubspace
 from csulora.text import one_line
 
@@ -65,9 +66,10 @@ def _folders(arguments: argparse.Namespace) -> int:
     given = named(arguments.config)
     config = server_config(given, arguments.stack)
     max_rank = _max_rank(arguments.max_lora_rank, arguments.stack)
-    folders = _adapters(arguments.folders or config.folders)
+    folders = _adapters(arguments.folders, config)
     if given.mode != config.mode:
         say(f"csulora: mode is {given.mode}; this is what {config.mode} would do")
+    Guard(config).check_start()
     subspace = SafetySubspace.load(config.subspace)
     findings: list[Finding] = []
     with silent(), progress("checking") as report:
@@ -76,6 +78,8 @@ def _folders(arguments: argparse.Namespace) -> int:
             findings.append(found)
             if not found.served:
                 report.say(f"csulora: refused: {one_line(_named(found))}")
+            for warning in found.warnings:
+                report.say(f"csulora: warning: {one_line(f'{folder}: {warning}')}")
             report(len(findings), len(folders), folder.name)
     _show(arguments, findings)
     return 0 if all(one.served for one in findings) else 1
@@ -92,15 +96,13 @@ def _max_rank(given: int | None, stack: str) -> int | None:
     return given
 
 
-def _adapters(arguments: list[str] | tuple[Path, ...]) -> list[Path]:
-    """The adapter folders that are named; a server's adapters are folders, never hub ids."""
-    if not arguments:
-        raise UsageError("no folders given, and none in the configuration")
-    items = find(arguments)
-    for item in items:
-        if not os.path.isdir(item.source):
-            raise UsageError(f"{item.source}: no such folder")
-    return [Path(item.source) for item in items]
+def _adapters(given: list[str], config: ServingConfig) -> list[Path]:
+    """The adapter folders that are asked about; a server's adapters are folders, never hub ids."""
+    folders = served_adapters(given, config)
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UsageError(f"{folder}: no such folder")
+    return [Path(folder) for folder in folders]
 
 
 def _named(found: Finding) -> str:

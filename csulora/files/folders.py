@@ -8,11 +8,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from csulora.errors import CsuloraError, DiskFullError, ExistsError, WriteError
+from csulora.errors import CsuloraError, DiskFullError, ExistsError, UsageError, WriteError
 from csulora.files.locks import hold, open_locked, release
 from csulora.files.plain import mode_of
 
@@ -188,6 +189,23 @@ def make_folders(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless something may be made in a folder."""
+    if not stat.S_ISDIR(os.stat(folder).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def check_new_file(path: Path) -> None:
+    """Raise UsageError now, not after hours of work, if a file could not be written there."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written, {folder}: {error.strerror}") from None
 
 
 def recover_folders(parent: Path, names: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from csulora.errors import CsuloraError, UsageError
+from csulora.errors import CsuloraError
 
 PIECE = 1 << 20  # bytes read, hashed or copied at a time
 
@@ -47,13 +47,6 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         raise CsuloraError(f"{path}: no such file") from None
     except OSError as error:
         raise CsuloraError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def check_writable(path: Path) -> None:
-    """Raise UsageError now, not after hours of work, if a file could not be written there."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{path}: cannot be written, {folder} is not a folder to write to")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import CsuloraError
+from csulora.files.folders import check_writable
 from csulora.text import encodable, one_line
 
 _LOG = logging.getLogger("csulora.serving")
@@ -37,11 +38,17 @@ class Audit:
         self._path = path
         self._half = False  # whether the last line was cut short
 
-    def check(self) -> None:
-        """Raise CsuloraError where the file cannot be written, or is none."""
+    def check(self, *, make: bool = True) -> None:
+        """Raise CsuloraError where the file cannot be written, or is none.
+
+        make: it where there is none; otherwise it is only asked whether that could be.
+        """
         if self._path is not None:
             try:
-                os.close(_open(self._path))
+                if make or os.path.lexists(self._path):
+                    os.close(_open(self._path))
+                else:
+                    _check_absent(self._path)
             except (OSError, ValueError) as error:
                 raise CsuloraError(f"audit: {self._path}: {_reason(error)}") from None
 
@@ -53,7 +60,7 @@ class Audit:
                 "pid": os.getpid(),
                 "decision": decision,
                 "name": encodable(name),
-                **{key: value for key, value in details.items() if value not in (None, "", {})},
+                **{key: value for key, value in details.items() if value not in (None, "", {}, ())},
             }
             text = json.dumps(entry, default=lambda value: encodable(str(value)))
             with contextlib.suppress(Exception):  # of a handler that is not ours
@@ -89,6 +96,13 @@ def _open(path: Path) -> int:
         os.close(file)
         raise
     return file
+
+
+def _check_absent(path: Path) -> None:
+    """Raise OSError where a file that is not there could not be made."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # of a name that no file can have
+    check_writable(path.parent)
 
 
 def _check_regular(found: os.stat_result) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from csulora.adapter import OWN
 from csulora.errors import CsuloraError, DiskFullError, WriteError
-from csulora.files.folders import FULL, make_folders, recover_folders, writing
+from csulora.files.folders import FULL, check_writable, make_folders, recover_folders, writing
 from csulora.files.locks import locked, open_locked, release
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
@@ -68,6 +68,14 @@ class Cache:
             if error.errno not in FULL:
                 raise self._unusable(error) from None
             _LOG.warning("csulora: %s", self._unusable(error))
+
+    def check(self) -> None:
+        """What `open` checks of the folder; nothing is made or changed. Raises CacheError."""
+        with self._usable():
+            there = _nearest(self.root)
+            if there == self.root:
+                self._check_private(os.lstat(there))
+            check_writable(there)
 
     def key_at(self, path: str | os.PathLike[str]) -> str | None:
         """The key of the entry whose folder a path is by its name, None for all others."""
@@ -261,6 +269,9 @@ class Cache:
                 os.mkdir(self.root, 0o700)
                 self.root.chmod(0o700)
             found = os.lstat(self.root)
+        self._check_private(found)
+
+    def _check_private(self, found: os.stat_result) -> None:
         if not stat.S_ISDIR(found.st_mode):
             raise CacheError(f"cache: {self.root}: is a link or no folder")
         if found.st_uid != os.geteuid():
@@ -270,7 +281,8 @@ class Cache:
         if found.st_mode & 0o777 != 0o700:
             raise CacheError(
                 f"cache: {self.root}: others may enter it, its mode is "
-                f"{stat.S_IMODE(found.st_mode):04o}; 0700 is needed"
+                f"{stat.S_IMODE(found.st_mode):04o}; 0700 is needed. Or name a folder in it that is not "
+                "there yet: it is made private"
             )
 
     def _verify(self, key: str, record: Record) -> bool:
@@ -339,6 +351,16 @@ def _settle(folder: Path) -> None:
     for path in (folder / WEIGHTS, folder / CONFIG, folder):
         found = os.stat(path)
         os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns - 10**9))
+
+
+def _nearest(path: Path) -> Path:
+    """The first that is there, of a path and those above it. Raises OSError for what cannot be."""
+    while True:
+        try:
+            os.lstat(path)
+            return path
+        except FileNotFoundError:
+            path = path.parent
 
 
 def _remove(folder: Path) -> None:

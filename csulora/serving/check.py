@@ -12,6 +12,7 @@ from csulora.errors import CsuloraError
 from csulora.files.json import read_json
 from csulora.files.peft_config import CONFIG_LIMIT
 from csulora.files.peft_config import FILE as CONFIG
+from csulora.serving.borrowed import BorrowedCache
 from csulora.serving.canary import Stack
 from csulora.serving.config import Mode, ServingConfig
 from csulora.serving.forms import MAX_RANKS
@@ -19,8 +20,8 @@ from csulora.serving.guard import Admitted, Guard
 from csulora.serving.refused import RefusedError
 from csulora.subspace import SafetySubspace
 
-# Reasons that a larger rank may mend.
-_OF_RANK = ("rank", "rank error")
+# Reasons that another rank may mend; by "not corrected", where the cache has the other form.
+_OF_RANK = ("rank", "rank error", "not corrected")
 _SAVED_BY_VLLM = ("classifier", "score")
 _REFUSED_BY_VLLM = (
     *("use_dora", "lora_bias", "alora_invocation_tokens"),
@@ -37,6 +38,7 @@ class Finding:
     needs: the smallest max_lora_rank that takes it, None where none does.
     reason: short code of a refusal, as in `RefusedError`, or "stack" for one of the stack's own; error:
         its text. Both empty where it is served.
+    warnings: as in `Admitted`.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Finding:
     needs: int | None = None
     reason: str = ""
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def served(self) -> bool:
@@ -63,6 +66,7 @@ class Finding:
             "max_lora_rank": self.needs,
             "reason": self.reason,
             "error": self.error,
+            "warnings": list(self.warnings),
         }
 
 
@@ -83,11 +87,15 @@ def check_folder(
 ) -> Finding:
     """Let a guard decide about an adapter folder, with a cache that is thrown away.
 
+    In mode "require" it has what the configuration's has, since that decides there.
+
     config: of `server_config`. max_rank: the server's max_lora_rank; None: that of the configuration,
     else no limit. Raises CsuloraError where no guard can stand.
     """
-    with tempfile.TemporaryDirectory(prefix="csulora-serve-check-") as cache:
-        guard = Guard(replace(config, cache=Path(cache), cache_bytes=None, audit=None))
+    with tempfile.TemporaryDirectory(prefix="csulora-serve-check-") as temporary:
+        root = Path(temporary)
+        cache = BorrowedCache(root, config.cache) if config.mode == "require" else None
+        guard = Guard(replace(config, cache=root, cache_bytes=None, audit=None), cache=cache)
         guard.open(subspace)
         try:
             admitted = guard.admit(folder, folder.name, max_rank=max_rank)
@@ -101,7 +109,8 @@ def check_folder(
         needs = _smallest(guard, folder, stack)
         if objection is not None:
             return Finding(folder, needs=needs, reason="stack", error=objection)
-        return Finding(folder, admitted.rank, admitted.form, admitted.how, needs)
+        served = admitted.rank, admitted.form, admitted.how
+        return Finding(folder, *served, needs, warnings=admitted.warnings)
 
 
 def smallest(findings: list[Finding]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import tomllib
@@ -131,16 +133,28 @@ def _check_paths(file: Path, config: ServingConfig) -> None:
     """Raise CsuloraError for what is not there, and for a cache among the adapters."""
     for key, paths in (("subspace", (config.subspace,)), ("trusted_keys", config.trusted_keys)):
         for path in paths:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise CsuloraError(f"{file}: {key}: {path}: no such file")
     for folder in config.folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CsuloraError(f"{file}: folders: {folder}: no such folder")
         one, other = Path(os.path.realpath(folder)), Path(os.path.realpath(config.cache))
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise CsuloraError(f"{file}: cache: {config.cache} lies within {folder} or around it")
-    if config.audit is not None and not config.audit.parent.is_dir():
+    if config.audit is not None and not os.path.isdir(config.audit.parent):
         raise CsuloraError(f"{file}: audit: {config.audit.parent}: no such folder")
+
+
+def _quotes(settings: Mapping[str, Any]) -> str:
+    """What to add to an error where a pattern has no quotes, so that TOML made tables of its parts."""
+    patterns = settings.get("strength_for")
+    for name, value in patterns.items() if isinstance(patterns, dict) else ():
+        if isinstance(value, dict):
+            while isinstance(value, dict) and value:
+                part, value = next(iter(value.items()))
+                name = f"{name}.{part}"
+            return f"; a pattern with a point in it needs quotes: {json.dumps(name)}"
+    return ""
 
 
 class _Reader:
@@ -171,7 +185,8 @@ class _Reader:
             return None
         if isinstance(value, str) and (found := _BYTES.fullmatch(value)):
             number, step, binary = found.groups()
-            value = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(step or " "))
+            size = float(number) * (1024 if binary else 1000) ** " KMGT".index(step or " ")
+            value = int(size) if math.isfinite(size) else value
         return self._positive(key, value, "a number of bytes, or text such as 50GB")
 
     def rank(self, key: str) -> int | None:
@@ -192,7 +207,7 @@ class _Reader:
         try:
             return METHODS[name].from_dict(settings)
         except (CsuloraError, TypeError) as error:
-            raise self._wrong("settings", str(error)) from None
+            raise self._wrong("settings", f"{error}{_quotes(settings)}") from None
 
     def _path(self, key: str, value: object) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from csulora.adapter import LoraAdapter, write_folder
 from csulora.errors import CsuloraError
-from csulora.report import Report, rank_warnings
+from csulora.report import Report
 from csulora.serving.cache import Cache
 from csulora.serving.config import ServingConfig
 from csulora.serving.forms import pick
 from csulora.serving.policy import Policy, key_of_copy
 from csulora.serving.proof import How, Proofs
 from csulora.serving.recent import Recent, Refusals
-from csulora.serving.record import FILE_MODE, Record
+from csulora.serving.record import FILE_MODE, Record, shortened
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
-from csulora.settings import Correction, Method
+from csulora.settings import Method
 from csulora.subspace import SafetySubspace
 
 
@@ -71,15 +71,15 @@ class Entries:
             if signed is None:
                 return self._copied(facts, "recomputed", self._policy.digest)
             return self._copied(facts, "signed", signed)
-        if self._config.mode == "require":
-            raise RefusedError(
-                "not corrected", "is not corrected, and this server takes corrected adapters only"
-            )
         method, rank = pick(facts.ranks, self._config, limit)
+        if self._config.mode == "require":
+            return self._restored(facts, method)
         return self._corrected(facts, adapter, method, rank)
 
-    def in_memory(self, adapter: LoraAdapter, limit: int | None) -> tuple[LoraAdapter, Method, int]:
-        """An adapter that came without a folder, corrected; with its settings and its largest rank.
+    def in_memory(
+        self, adapter: LoraAdapter, limit: int | None
+    ) -> tuple[LoraAdapter, Report, Method, int]:
+        """An adapter that came without a folder, corrected; with its report, settings and largest rank.
 
         Raises RefusedError.
         """
@@ -89,8 +89,8 @@ class Entries:
             )
         method, rank = pick(self.sources.ranks(adapter), self._config, limit)
         corrected, report = self._result(adapter, method)
-        self._check(report, method)
-        return corrected, method, rank
+        self._check(report)
+        return corrected, report, method, rank
 
     def sound(self, key: str) -> Entry:
         """An entry by its key, made anew where it is damaged and its source is still the same.
@@ -107,7 +107,9 @@ class Entries:
             )
         if not self._proofs.trusts(before):
             raise RefusedError("not corrected", "its cache entry was made with other settings")
-        return self._repaired(key, before)
+        folder = Path(before.source)
+        facts = self.sources.known(folder) or self.sources.read(folder)[0]
+        return self._repaired(key, before, facts)
 
     def _keys(self, facts: Facts, limit: int | None) -> list[str]:
         """Of the entries that would do for an adapter."""
@@ -134,7 +136,7 @@ class Entries:
             begin = time.perf_counter()
             corrected, report = self._result(given, method)
             try:
-                self._check(report, method)
+                self._check(report)
             except RefusedError as error:
                 if error.reason == "rank error":  # from now on without making it
                     self._refused.set(key, error.plain())
@@ -158,6 +160,7 @@ class Entries:
                 rank=rank,
                 form=method.form,
                 how="corrected",
+                warnings=shortened(report.warnings),
             )
 
         return self._placed(key, make, "corrected", seconds)
@@ -199,12 +202,37 @@ class Entries:
         self._trusted.set(key, True)
         return Entry(key, record, made, seconds or {})
 
-    def _repaired(self, key: str, before: Record) -> Entry:
-        folder = Path(before.source)
-        facts = self.sources.known(folder) or self.sources.read(folder)[0]
+    def _restored(self, facts: Facts, method: Method) -> Entry:
+        """A damaged entry of which the record is there, made as it was. Raises RefusedError."""
+        key = self._policy.key(facts.source, method)
+        before = self._recorded(key)
+        if before is None:
+            text = "is not corrected, and this server takes corrected adapters only"
+            raise RefusedError("not corrected", f"{text}{self._other_form(facts, method)}")
+        return self._repaired(key, before, facts)
+
+    def _recorded(self, key: str) -> Record | None:
+        """The record of a correction with the settings of now, whatever has become of the entry."""
+        found = self._cache.remembered(key)
+        counts = found is not None and found.how == "corrected" and self._proofs.trusts(found)
+        return found if counts else None
+
+    def _other_form(self, facts: Facts, method: Method) -> str:
+        """What to add to a refusal where the cache has the adapter in a form for another rank."""
+        for form in facts.ranks:
+            key = self._policy.key(facts.source, replace(method, form=form))
+            if self._recorded(key) is not None:
+                return (
+                    f"; the cache has it in the form {form}, and the max_lora_rank of this server takes "
+                    f"the form {method.form}: run csulora prewarm with that --max-lora-rank"
+                )
+        return ""
+
+    def _repaired(self, key: str, before: Record, facts: Facts) -> Entry:
+        """A damaged entry, made anew of the same source, in mode "require" with the same bytes."""
         if facts.source.digests != before.source_digests:
             raise RefusedError(
-                "changed", f"its cache entry is damaged, and {folder} is another now"
+                "changed", f"its cache entry is damaged, and {before.source} is another now"
             )
         if before.how == "corrected":
             method = replace(self._config.method, form=before.form)  # type: ignore[arg-type]
@@ -225,12 +253,8 @@ class Entries:
             raise RefusedError("changed", f"{facts.source.folder}: is being changed")
         return adapter
 
-    def _check(self, report: Report, method: Method) -> None:
+    def _check(self, report: Report) -> None:
         """Raise RefusedError for a result that is not to be served."""
         if report.passed_through:
             raise RefusedError("not lora", "holds tensors that would pass uncorrected")
-        if self._config.fixed_form or not isinstance(method, Correction):
-            return
-        warnings = rank_warnings(report.totals, report.modules)
-        if warnings:
-            raise RefusedError("rank error", warnings[0])
+        self._policy.check_fit(report)

@@ -24,6 +24,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.names import find_adapter
 from csulora.serving.observer import Observer
 from csulora.serving.recent import Recent
+from csulora.serving.record import shortened
 from csulora.serving.refused import RefusedError, told
 from csulora.serving.sources import Facts
 from csulora.subspace import SafetySubspace
@@ -31,7 +32,7 @@ from csulora.text import one_line
 
 __all__ = ["Admitted", "Guard", "How", "RefusedError", "guard", "refusal_text"]
 
-How = Literal["corrected", "hit", "waited", "signed", "recomputed", "raw"]
+How = Literal["corrected", "hit", "waited", "signed", "recomputed", "repaired", "raw"]
 AT_ONCE = 2  # adapters in memory at a time: each takes several times its bytes
 _COUNTED = {"hit": "hits", "waited": "waits"}
 
@@ -50,6 +51,7 @@ class Admitted:
     it is not known.
     seconds: what "read" (with the source's digests), "digest" (of an entry that was there), "correct" and
     "write" took, where they were done.
+    warnings: what the report of its correction warns of.
     """
 
     path: Path
@@ -58,17 +60,21 @@ class Admitted:
     form: str
     how: How
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Guard:
     """Decides for one process. All its methods may be called from any number of threads at once.
 
-    at_once: how many adapters are read and corrected side by side.
+    at_once: how many adapters are read and corrected side by side. cache: in place of that of the
+    configuration.
     """
 
-    def __init__(self, config: ServingConfig, *, at_once: int = AT_ONCE) -> None:
+    def __init__(
+        self, config: ServingConfig, *, at_once: int = AT_ONCE, cache: Cache | None = None
+    ) -> None:
         self.config = config
-        self.cache = Cache(config.cache, config.cache_bytes)
+        self.cache = cache or Cache(config.cache, config.cache_bytes)
         self._audit = Audit(config.audit)
         self._flights = Flights()
         self._slots = threading.BoundedSemaphore(at_once)
@@ -86,17 +92,29 @@ class Guard:
         if self.config.mode == "off":
             return
         self._audit.check()
-        if self.config.trusted_keys:
-            # Needs a package of the extra "serve".
-            from csulora.serving.signature import check_trusted
-
-            check_trusted(self.config.trusted_keys)
+        self._check_keys()
         self.cache.open()
         self.subspace = subspace or SafetySubspace.load(self.config.subspace)
         self._entries = Entries(self.config, self.subspace, self.cache)
         self._observer = Observer(
             self.config, self.subspace, self._entries.sources, self._audit, self._slots
         )
+
+    def check_start(self) -> None:
+        """What `open` checks of audit log, keys and the cache's folder; nothing is made or changed.
+
+        Raises CsuloraError where `open` would.
+        """
+        self._audit.check(make=False)
+        self._check_keys()
+        self.cache.check()
+
+    def _check_keys(self) -> None:
+        if self.config.trusted_keys:
+            # Needs a package of the extra "serve".
+            from csulora.serving.signature import check_trusted
+
+            check_trusted(self.config.trusted_keys)
 
     @property
     def protects(self) -> bool:
@@ -133,6 +151,18 @@ class Guard:
                 return self._own(given, name, limit)
             return self._admit(Path(os.path.realpath(given)), name, limit)
 
+    def recall(
+        self, folder: str | os.PathLike[str], name: str, *, max_rank: int | None = None
+    ) -> Admitted | None:
+        """What `admit` gives where folder and entry are known; None where it has to read or make one.
+
+        None for an entry of the cache, too, and in the modes that serve raw adapters. Raises as `admit`.
+        """
+        if not self.protects or self.cache.key_at(folder) is not None:
+            return None
+        with self._refusals(name, Path(folder)):
+            return self._recalled(Path(os.path.realpath(folder)), name, self._limit(max_rank))
+
     def admit_tensors(
         self,
         tensors: Mapping[str, Tensor],
@@ -156,9 +186,12 @@ class Guard:
         with self._refusals(name, None):
             with self._slots:
                 adapter = LoraAdapter.from_tensors(tensors, values, pass_through=True)
-                found, method, rank = self._entries.in_memory(adapter, limit)
+                found, report, method, rank = self._entries.in_memory(adapter, limit)
             counters.add("corrected")
-            self._audit.line("corrected", name, settings=method.to_dict(), rank=rank)
+            warnings = shortened(report.warnings)
+            self._audit.line(
+                "corrected", name, settings=method.to_dict(), rank=rank, warnings=warnings
+            )
             return found.tensors(), found.written_config()
 
     def check(self, path: str | os.PathLike[str], name: str) -> None:
@@ -217,14 +250,21 @@ class Guard:
 
     def _admit(self, folder: Path, name: str, limit: int | None) -> Admitted:
         """`admit` of a folder that is none of the cache's, in the modes that protect."""
+        known = self._recalled(folder, name, limit)
+        if known is not None:
+            return known
+        with self._flights.of(folder) as waited, self._slots:
+            return self._read(folder, name, limit, "waited" if waited else "hit")
+
+    def _recalled(self, folder: Path, name: str, limit: int | None) -> Admitted | None:
+        """`_admit` where nothing has to be read or made for it."""
         if folder.is_relative_to(os.path.realpath(self.cache.root)):
             raise RefusedError("outside", "lies in csulora's cache and is no entry of it")
         facts = self._entries.sources.known(folder)
         found = None if facts is None else self._entries.of(facts, limit)
-        if facts is not None and found is not None:
-            return self._decided(facts, found, "hit", name)
-        with self._flights.of(folder) as waited, self._slots:
-            return self._read(folder, name, limit, "waited" if waited else "hit")
+        if facts is None or found is None:
+            return None
+        return self._decided(facts, found, "hit", name)
 
     def _read(self, folder: Path, name: str, limit: int | None, how: How) -> Admitted:
         """`_admit`, alone with the folder."""
@@ -263,10 +303,13 @@ class Guard:
             settings=self.config.method.to_dict() | {"form": found.record.form},
             rank=found.record.rank,
             seconds={step: round(value, 6) for step, value in seconds.items()},
+            warnings=found.record.warnings,
         )
-        record = found.record
-        path = self.cache.folder(found.key)
-        return Admitted(path, found.key, record.rank, record.form, how, seconds)
+        return self._of_entry(found, how, seconds)
+
+    def _of_entry(self, found: Entry, how: How, seconds: dict[str, float]) -> Admitted:
+        path, record = self.cache.folder(found.key), found.record
+        return Admitted(path, found.key, record.rank, record.form, how, seconds, record.warnings)
 
     def _own(self, given: Path, name: str, limit: int | None) -> Admitted:
         """An entry of the cache that the stack names by its path."""
@@ -275,8 +318,9 @@ class Guard:
         if limit is not None and record.rank > limit:
             raise RefusedError("rank", f"its rank is {record.rank}, and the server takes {limit}")
         counters.add("hits")
-        self._audit.line("hit", name, key=found.key, rank=record.rank, form=record.form)
-        return Admitted(self.cache.folder(found.key), found.key, record.rank, record.form, "hit")
+        details = {"rank": record.rank, "form": record.form, "warnings": record.warnings}
+        self._audit.line("hit", name, key=found.key, **details)
+        return self._of_entry(found, "hit", {})
 
     def _sound(self, key: str | None, name: str) -> Entry:
         if key is None:

@@ -19,6 +19,7 @@ from csulora.serving.flights import Flights
 from csulora.serving.forms import pick
 from csulora.serving.identity import Identity, is_settled, of_adapter
 from csulora.serving.recent import Recent
+from csulora.serving.record import shortened
 from csulora.serving.refused import told
 from csulora.serving.sources import Sources
 from csulora.subspace import SafetySubspace
@@ -96,7 +97,8 @@ class Observer:
     def _change(self, adapter: LoraAdapter, ranks: Mapping[Form, int]) -> dict[str, Any]:
         """What a correction would change. Raises RefusedError where none fits."""
         method, rank = pick(ranks, self._config, self._config.max_lora_rank)
-        total = decompose(adapter, self._subspace, method, device="cpu").totals
+        report = decompose(adapter, self._subspace, method, device="cpu")
+        total = report.totals
         return {
             "settings": method.to_dict(),
             "rank": rank,
@@ -104,6 +106,7 @@ class Observer:
             "relative_change": total.relative_change,
             "relative_energy_before": total.relative_energy_before,
             "relative_energy_after": total.relative_energy_after,
+            "warnings": shortened(report.warnings),
         }
 
 

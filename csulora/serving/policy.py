@@ -10,9 +10,10 @@ from typing import Any
 from csulora.adapter import Source
 from csulora.folder import Recipe
 from csulora.output import alike
-from csulora.report import Report
+from csulora.report import Report, rank_warnings
 from csulora.serving.config import ServingConfig
-from csulora.settings import Method
+from csulora.serving.refused import RefusedError
+from csulora.settings import Correction, Method
 from csulora.subspace import SafetySubspace
 from csulora.version import METHOD
 
@@ -42,6 +43,17 @@ class Policy:
         return alike(self._chosen(report.settings), self._settings) and alike(
             report.subspace, self._stated
         )
+
+    def check_fit(self, report: Report) -> None:
+        """Raise RefusedError where the form same is too far from the exact result.
+
+        Not where the settings fix the form, nor for realignment, which has no other of that rank.
+        """
+        if self._config.fixed_form or not isinstance(self._config.method, Correction):
+            return
+        warnings = rank_warnings(report.totals, report.modules)
+        if warnings:
+            raise RefusedError("rank error", warnings[0])
 
     def key(self, source: Source, method: Method) -> str:
         """Of the correction of an adapter."""

@@ -16,12 +16,12 @@ from csulora.files.folders import inside, whole_folder
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.files.plain import copy_file, sha256_file
 from csulora.output import REPORT, SIGNATURE, WEIGHTS, written_report
-from csulora.report import Report, rank_warnings
+from csulora.report import Report
 from csulora.serving.config import ServingConfig
 from csulora.serving.identity import Identity, is_settled, of_proof, of_signed
 from csulora.serving.policy import Policy
 from csulora.serving.recent import Recent, Refusals
-from csulora.serving.record import FILE_MODE, Record
+from csulora.serving.record import FILE_MODE, Record, shortened
 from csulora.serving.refused import RefusedError
 from csulora.serving.sources import Facts, Sources
 from csulora.subspace import SafetySubspace
@@ -110,8 +110,9 @@ class Proofs:
                 raise RefusedError("changed", f"{folder}: changed while it was being read")
             if origin is None and self._signature(copied) != by:
                 raise RefusedError("changed", f"{folder}: its signature changed meanwhile")
+            warnings: list[str] = []
             if origin is not None:
-                self._recompute(folder, copied, origin)
+                warnings = self._recompute(folder, copied, origin).warnings
         return Record.of(
             facts.source,
             {"sha256": found.sha256, "config_sha256": found.config_sha256},
@@ -119,6 +120,7 @@ class Proofs:
             rank=facts.rank,
             form=str(facts.made.get("settings", {}).get("form", "")),
             how=how,
+            warnings=shortened(warnings),
         )
 
     def _report(self, folder: Path, copied: Path) -> Report:
@@ -132,16 +134,19 @@ class Proofs:
                 folder,
                 "it was corrected with other settings, or another subspace, than the server's",
             )
-        if rank_warnings(report.totals, report.modules) and not self.config.fixed_form:
-            raise RefusedError("rank error", rank_warnings(report.totals, report.modules)[0])
+        self.policy.check_fit(report)
         return report
 
-    def _recompute(self, folder: Path, copied: Path, source: Path) -> None:
-        """Raise RefusedError unless the copy is what its source gives with the settings of the server."""
-        self._report(folder, copied)
+    def _recompute(self, folder: Path, copied: Path, source: Path) -> Report:
+        """The report of a copy that is what its source gives with the settings of the server.
+
+        Raises RefusedError for another one.
+        """
+        report = self._report(folder, copied)
         found = verify(copied, source=source, subspace=self.subspace, backend="torch", device="cpu")
         if not found.ok:
             raise _unproven(folder, found.problems[0])
+        return report
 
 
 def _unproven(folder: Path, reason: str) -> RefusedError:

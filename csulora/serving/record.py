@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from csulora.errors import CsuloraError
 from csulora.files.json import json_bytes, read_json
 
 FORMAT = "csulora_cache/1"
+WARNING_LENGTH = 500  # of each: it may quote what an adapter's configuration says
 FILE_MODE, FOLDER_MODE = 0o600, 0o700  # of entries, whatever those of their sources are
 
 
@@ -22,6 +24,7 @@ class Record:
     source: the folder that it was made of, as it was then, with the digests of its two files.
     sha256, config_sha256: of the entry's own two files.
     how: "corrected", "signed" or "recomputed".
+    warnings: of the report of its correction, where that was made or proven.
     """
 
     policy: str
@@ -33,6 +36,7 @@ class Record:
     rank: int
     form: str
     how: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def source_digests(self) -> tuple[str, str]:
@@ -66,6 +70,11 @@ def read_record(file: Path, key: str) -> Record | None:
         found = read_json(file)
         if (found.pop("format"), found.pop("key")) != (FORMAT, key):
             return None
-        return Record(**found)
+        return Record(**found | {"warnings": shortened(found.get("warnings", ()))})
     except (CsuloraError, KeyError, TypeError):
         return None
+
+
+def shortened(warnings: Iterable[str]) -> tuple[str, ...]:
+    """Warnings of a report as records, audit log and commands have them."""
+    return tuple(str(text)[:WARNING_LENGTH] for text in warnings)

@@ -190,7 +190,11 @@ def _public(file: Path) -> Any:
 
 
 def _key(file: Path, load: Any, kind: type, wanted: str) -> Any:
-    data = read_bytes(file, LIMIT)
+    """A key from a file. Raises UsageError for the key, whatever is the matter with it."""
+    try:
+        data = read_bytes(file, LIMIT)
+    except CsuloraError as error:
+        raise UsageError(str(error)) from None
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:

@@ -74,7 +74,7 @@ def test_the_endpoint_hands_on_the_corrected_path_and_clears_the_flag(vllm, tmp_
     loaded = models.lora_requests["a"]
     assert (loaded.lora_path, loaded.load_inplace) == ("/cache/good", False)
     assert request.lora_path == str(tmp_path / "good")
-    ((_, folder, name, rank, thread),) = guard.calls
+    ((_, folder, name, rank, thread),) = [call for call in guard.calls if call[0] == "admit"]
     assert (folder, name, rank) == (str(tmp_path / "good"), "a", 64)
     assert thread != threading.main_thread().name
 
@@ -133,6 +133,53 @@ def test_a_slow_hub_holds_up_no_other_adapter(vllm, tmp_path, monkeypatch, way, 
         assert len(asyncio.run(all_of_them())) == 8
     finally:
         answers.set()
+
+
+@pytest.mark.parametrize("way", ["endpoint", "request", "name"])
+def test_corrections_hold_up_nothing_that_is_known(vllm, tmp_path, way):
+    guard = StubGuard(folders={"known": tmp_path / "known"}, ready={"known": Path("/cache/known")})
+    kinds = hooked(guard)
+    engine = kinds.AsyncLLM()
+    models = kinds.Models(engine, [])
+    resolver, made, admit = models.lora_resolvers[0], threading.Event(), guard.admit
+
+    def slow(folder, name, *, max_rank=None):
+        if not made.wait(60):
+            pytest.fail("the correction was waited for")
+        return admit(folder, name, max_rank=max_rank)
+
+    guard.admit = slow
+
+    async def known():
+        path = str(tmp_path / "known")
+        if way == "endpoint":
+            request = LoadRequest(lora_name="known", lora_path=path, load_inplace=False)
+            await models.load_lora_adapter(request)
+            return models.lora_requests["known"].lora_path
+        if way == "request":
+            await engine.add_request("x", [1], None, lora_request=Request("known", 1, path))
+            return engine.seen[-1]
+        return (await resolver.resolve_lora("base", "known")).lora_path
+
+    async def all_of_them():
+        requests = [Request(f"{i}", i, str(tmp_path / f"{i}")) for i in range(4)]
+        new = [asyncio.ensure_future(engine.add_lora(request)) for request in requests]
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(resolver.resolve_lora("base", "unknown"), 30) is None
+        assert await asyncio.wait_for(known(), 30) == "/cache/known"
+        assert not any(one.done() for one in new)
+        made.set()
+        await asyncio.gather(*new)
+
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        made.set()
+    threads = {call[-1].rpartition("_")[0] for call in guard.calls if call[0] == "admit"}
+    assert threads == {"csulora-correct"}
+    assert {call[-1].rpartition("_")[0] for call in guard.calls if call[0] == "recall"} == {
+        "csulora-check"
+    }
 
 
 def test_nothing_comes_from_another_hub_than_vllm_would_ask(vllm, monkeypatch):
@@ -197,13 +244,57 @@ def test_every_request_is_checked(vllm, tmp_path, positional):
 
     assert ask() == "queue" and engine.seen == ["/cache/good"]
     front._validate_lora(request)
-    assert [call[0] for call in guard.calls] == ["admit", "check"]
+    assert [call[0] for call in guard.calls] == ["recall", "admit", "check"]
     guard.damaged.add("/cache/good")
     with pytest.raises(ValidationError, match="csulora refused a: it is damaged"):
         ask()
     with pytest.raises(ValidationError, match="csulora refused a: it is damaged"):
         front._validate_lora(request)
     assert engine.seen == ["/cache/good"]
+
+
+@pytest.mark.parametrize("way", ["engine", "one by one"])
+def test_a_request_that_is_used_again_after_training_has_the_new_weights(vllm, tmp_path, way):
+    """The hooks put the corrected path into the request itself."""
+    guard = StubGuard()
+    kinds = hooked(guard)
+    engine, front = kinds.AsyncLLM(), kinds.InputProcessor()
+    names = ("a", "b")  # of the same content at first, and so with one entry
+    requests = {n: Request(n, i, str(tmp_path / n / "good"), True) for i, n in enumerate(names)}
+
+    def served(name):
+        request = requests[name]
+        if way == "engine":
+            asyncio.run(engine.add_request("1", [1], None, lora_request=request))
+        front._validate_lora(request)
+        return request.lora_path
+
+    assert [served(name) for name in names] == ["/cache/good"] * 2
+    for step in ("-1", "-2", "-2"):
+        guard.trained = step
+        assert [served(name) for name in names] == [f"/cache/good{step}"] * 2
+    for name in names:
+        assert {Path(c[1]).parent for c in guard.calls if c[2] == name} == {tmp_path / name}
+    guard.trained = "-refused"
+    with pytest.raises(ValidationError, match="it is bad"):
+        served("a")
+    # Without the flag what was admitted is served on, as vLLM reads nothing anew.
+    requests["a"].load_inplace = False
+    assert served("a") == "/cache/good-2" and guard.calls[-1][0] == "check"
+
+
+def test_what_came_from_a_hub_is_not_asked_for_again(vllm, tmp_path, monkeypatch):
+    from csulora.integrations.vllm import admission
+
+    asked = []
+    monkeypatch.setattr(
+        admission, "resolve_source", lambda text, _: asked.append(text) or tmp_path / "good"
+    )
+    guard = StubGuard()
+    front, request = hooked(guard).InputProcessor(), Request("a", 1, "hub/good", True)
+    for _ in range(2):
+        front._validate_lora(request)
+    assert asked == ["hub/good"] and [call[0] for call in guard.calls] == ["admit", "check"]
 
 
 def test_requests_of_the_base_model_are_not_looked_at(vllm):
@@ -226,7 +317,8 @@ def test_observing_changes_nothing(vllm, tmp_path):
     kinds.InputProcessor()._validate_lora(Request("a", 1, raw))
     assert kinds.Worker()._load_adapter(Request("a", 1, raw)) == ("weights", raw)
     # After the first look, each request asks whether the files are still those.
-    assert [call[0] for call in guard.calls] == ["admit", "check"]
+    calls = [call[0] for call in guard.calls if call[0] != "recall"]
+    assert calls == ["admit", "check"]
 
 
 def test_a_process_says_that_it_is_guarded_before_and_after_vllm_sets_up_its_log(

@@ -170,6 +170,39 @@ def test_a_cache_that_is_gone_ends_no_step(vllm, clock, tmp_path):
     assert worker.holds == {1: ("weights", "/cache/good")}
 
 
+def test_a_worker_alone_reads_what_lies_in_the_folder_by_now(vllm, clock, tmp_path):
+    """With no hook in front the path is the raw one."""
+    guard = StubGuard(cache=tmp_path)
+    worker = hooked(guard).Worker()
+    request = Request("a", 1, "/given/good", load_inplace=True)
+    assert worker._load_adapter(request) == ("weights", "/cache/good")
+    guard.trained = "-2"
+    assert worker._load_adapter(request) == ("weights", "/cache/good-2")
+    assert worker._load_adapter(replace(request, load_inplace=False))[1] == "/cache/good-2"
+    guard.trained = "-refused"
+    assert worker._load_adapter(request) == ("zeros", 1, 8)  # it never raises in a step
+    assert decided(guard, "zeroed") == [("zeroed", "/cache/good-2", "a", "it is bad")]
+    guard.trained = "-3"
+    assert worker._load_adapter(request) == ("weights", "/cache/good-3")
+
+
+def test_a_corrected_path_is_only_checked_again(vllm, tmp_path):
+    guard = StubGuard(cache=tmp_path)
+    worker = hooked(guard).Worker()
+    request = Request("a", 1, "/cache/good", load_inplace=True)
+    for _ in range(2):
+        assert worker._load_adapter(request) == ("weights", "/cache/good")
+    assert [call[0] for call in guard.calls] == ["admit", "again"]
+
+
+def test_what_a_worker_remembers_is_bounded(vllm, tmp_path, monkeypatch):
+    monkeypatch.setattr("csulora.serving.recent.SIZE", 3)
+    worker = hooked(StubGuard(cache=tmp_path)).Worker()
+    for i in range(9):
+        worker._load_adapter(Request("a", 1, f"/cache/{i}"))
+    assert len(worker._csulora.paths._values) == 3
+
+
 def test_what_vllm_says_of_a_first_load_comes_through(vllm, tmp_path):
     worker = hooked(StubGuard()).Worker()
     worker.fails = ValueError("LoRA rank 128 is greater than max_lora_rank 64.")

@@ -32,13 +32,19 @@ class UnprocessableError(Exception):
 
 @dataclass
 class StubGuard:
-    """Admits any folder whose name does not begin with "bad", as one in a cache."""
+    """Admits any folder whose name does not begin with "bad", as one in a cache.
+
+    trained: what its weights are by now, of which the entry's name tells. ready: paths of what it knows,
+    by name.
+    """
 
     mode: str = "correct"
     folders: dict = field(default_factory=dict)
     calls: list = field(default_factory=list)
     damaged: set = field(default_factory=set)
     log_fails: bool = False
+    trained: str = ""
+    ready: dict = field(default_factory=dict)
 
     cache: Path = Path("/nowhere")
 
@@ -53,10 +59,15 @@ class StubGuard:
 
     def admit(self, folder, name, *, max_rank=None):
         self.calls.append(("admit", str(folder), name, max_rank, threading.current_thread().name))
-        if Path(folder).name.startswith("bad"):
+        if Path(folder).name.startswith("bad") or self.trained == "-refused":
             raise RefusedError("damaged", "it is bad")
-        path = Path("/cache") / Path(folder).name
+        own = Path(folder).parent == Path("/cache")
+        path = Path("/cache") / (Path(folder).name + ("" if own else self.trained))
         return Admitted(path, "key", 8, "exact", "corrected")
+
+    def recall(self, folder, name, *, max_rank=None):
+        self.calls.append(("recall", str(folder), name, threading.current_thread().name))
+        return Admitted(self.ready[name], "key", 8, "exact", "hit") if name in self.ready else None
 
     def check(self, path, name):
         self.calls.append(("check", str(path), name))

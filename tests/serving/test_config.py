@@ -95,11 +95,17 @@ def test_patterns_keep_their_order(place):
         ),
         ({"cache_bytes": "50 gigs"}, "cache_bytes: must be a number of bytes"),
         ({"cache_bytes": True}, "cache_bytes: must be a number of bytes"),
+        ({"cache_bytes": "9" * 400 + "B"}, "cache_bytes: must be a number of bytes"),
+        ({"cache_bytes": "9" * 300 + "TB"}, "cache_bytes: must be a number of bytes"),
         ({"form": "exact"}, "form: must be one of portable, keep, not 'exact'"),
         ({"dtype": "int8"}, "dtype: must be one of keep, float32, bfloat16, float16, not 'int8'"),
         ({"max_lora_rank": 0}, "max_lora_rank: must be a whole number, above 0, not 0"),
         ({"max_lora_rank": 1.5}, "max_lora_rank: must be a whole number, above 0, not 1.5"),
         ({"audit": "no/such/file"}, "audit: {root}/no/such: no such folder"),
+        ({"audit": "x" * 300 + "/y"}, "audit: {root}/xxxx"),
+        ({"subspace": "x" * 300}, "subspace: {root}/xxxx"),
+        ({"folders": ["x" * 5000]}, "folders: {root}/xxxx"),
+        ({"trusted_keys": ["x" * 300]}, "trusted_keys: {root}/xxxx"),
         ({"trusted_keys": ["typo.pub"]}, "trusted_keys: {root}/typo.pub: no such file"),
         (
             {"settings": {"lambda_of": 3}},
@@ -118,6 +124,19 @@ def test_what_is_wrong_is_named_with_file_and_key(place, changes, text):
         place.config(settings, **changes)
     expected = f"{place.file}: {text.format(root=place.root)}"
     assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("method", ["csulora", "realign"])
+@pytest.mark.parametrize("pattern", ["mlp.down_proj", "model.layers.0.mlp"])
+def test_a_pattern_without_quotes(place, method, pattern):
+    place.write(method=method)
+    table = f"[settings.strength_for]\n{pattern} = 0\n"
+    place.file.write_text(place.file.read_text() + table)
+    with pytest.raises(CsuloraError) as caught:
+        config.load(place.file)
+    text = str(caught.value)
+    assert text.startswith(f"{place.file}: settings: strength_for ")
+    assert text.endswith(f'; a pattern with a point in it needs quotes: "{pattern}"')
 
 
 @pytest.mark.parametrize("content", [b"mode = ", b"\xff\xfe", b"a.b = 1\na = 2", b"[" * 5000])

@@ -167,14 +167,39 @@ def test_the_source_changes_and_its_path_stays(place):
     g.check(second.path, "one")
 
 
-def test_require_serves_what_is_in_the_cache_and_corrects_nothing(place):
+@pytest.mark.parametrize("mode", ["correct", "require"])
+def test_what_is_known_is_recalled_and_nothing_is_made_for_it(place, mode):
     one, two = place.adapter("one"), place.adapter("two", seed=1)
     place.guard().admit(one, "one")
-    g = place.guard(mode="require")
-    assert g.admit(one, "one").how == "hit"
-    error = refused(g, two)
-    assert error.reason == "not corrected"
-    assert len(place.entries()) == 1
+    g = place.guard(mode=mode)
+    before = place.decisions()
+    assert g.recall(one, "one") is None and g.recall(two, "two") is None
+    assert place.decisions() == before
+    found = g.admit(one, "one")
+    again = g.recall(one, "one")
+    assert (again.path, again.how, again.rank) == (found.path, "hit", found.rank)
+    assert place.decisions()[-1]["decision"] == "hit"
+    assert g.recall(found.path, "its path") is None
+    (found.path / WEIGHTS).write_bytes(b"x")
+    assert g.recall(one, "one") is None and (found.path / WEIGHTS).read_bytes() == b"x"
+    builders.edit_tensors(one / WEIGHTS, lambda tensors: next(iter(tensors.values())).mul_(2))
+    assert g.recall(one, "one") is None
+    (two / WEIGHTS).write_bytes(b"x")
+    place.age(two)
+    assert refused(g, two).reason == "source"
+    lines = len(place.decisions())
+    with pytest.raises(RefusedError):  # what was refused a moment ago
+        g.recall(two, "two")
+    assert len(place.decisions()) == lines + 1
+    with pytest.raises(RefusedError, match="no entry of it"):
+        g.recall(place.cache / "x", "x")
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_what_is_served_raw_is_never_recalled(place, mode):
+    folder, g = place.adapter(), place.guard(mode=mode)
+    g.admit(folder, "one")
+    assert g.recall(folder, "one") is None
 
 
 def test_observe_serves_raw_and_says_what_would_change(place):

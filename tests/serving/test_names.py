@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csulora.serving.names import find_adapter
+from csulora.serving.names import adapters_in, find_adapter
 from csulora.serving.refused import RefusedError
 
 
@@ -25,6 +25,42 @@ def test_names_of_folders(place):
     assert find_adapter(folders, "linked") == other / "one"
     with pytest.raises(RefusedError, match="leaves the folders"):
         find_adapter(folders[:1], "linked")
+
+
+def test_the_adapters_of_folders_are_those_that_names_stand_for(place):
+    other, outside = place.root / "other", place.root / "outside"
+    for folder in ("a/one", "a/.store/v3", "a/one/within"):
+        place.adapter(folder)
+    for folder in (other / "two", outside / "three"):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    links = {
+        "a/current": ".store/v3",  # the only way to it that is no hidden one
+        "a/again": "current",
+        "a/first": "one",
+        "a/up": "..",
+        "a/self": "self",
+        "a/gone": "nowhere",
+        "b": "a",
+        "out": str(outside / "three"),
+        "all": str(outside),
+        "two": str(other / "two"),
+    }
+    for name, target in links.items():
+        (place.adapters / name).symlink_to(target)
+    folders = (place.adapters, other)
+    found = adapters_in(folders)
+    assert [os.path.relpath(path, place.root) for path in found] == [
+        "adapters/a/one",
+        "other/two",
+        "adapters/a/again",
+    ]
+    for path, name in zip(found, ("a/one", "two", "a/again"), strict=True):
+        assert str(find_adapter(folders, name)) == os.path.realpath(path)
+    assert adapters_in(()) == [] and adapters_in((place.adapters, place.adapters)) == [
+        found[0],
+        found[2],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`csulora prewarm`: the cache is full before a server asks."""
 
 import json
+from pathlib import Path
 
 import builders
 import pytest
@@ -35,6 +36,16 @@ def test_for_a_server_that_only_takes_what_is_there(capsys, place):
     assert place.guard(mode="require").admit(folder, "x", max_rank=8).rank == 8
 
 
+def test_what_names_reach_by_a_link(capsys, place):
+    place.adapter(".store/v3")
+    (place.adapters / "current").symlink_to(".store/v3")
+    (place.adapters / "latest").symlink_to("current")
+    result = prewarm(capsys, place)
+    assert (result.code, result.out) == (0, f"1 corrected: {place.cache}\n")
+    g = place.guard(mode="require")
+    assert g.admit(g.find("current"), "current").how == "hit"
+
+
 def test_what_is_refused_is_named_and_the_rest_is_made(capsys, place):
     one, two = place.adapter("one"), place.adapter("two")
     (two / WEIGHTS).write_bytes(b"x")
@@ -63,6 +74,7 @@ def test_more_than_the_cache_holds(capsys, place):
         (("--max-lora-rank", 0), "--max-lora-rank must be at least 1"),
         ((), "no adapters: none are named"),
         (("no*thing",), "matches no folder"),
+        ((Path(__file__).parent,), "there are no adapters in it"),
         (("--config", "/no/such.toml"), "no such file"),
     ],
 )

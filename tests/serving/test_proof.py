@@ -47,6 +47,28 @@ def test_recomputed_from_the_source(place, mode):
     assert place.guard(mode=mode).admit(folder, "fixed").how == "hit"
 
 
+def test_realignment_is_proven_as_it_is_made(place):
+    source = place.adapter(rank=1)
+    folder = corrected(place, source, correction=csulora.Realignment())
+    report = csulora.Report.from_dict(csulora.files.json.read_json(folder / REPORT))
+    assert max(module.rank_error for module in report.modules.values()) > 0.1
+    g = place.guard(method="realign")
+    made = g.admit(source, "one")
+    found = g.admit(folder, "fixed")
+    assert (made.how, found.how) == ("corrected", "recomputed")
+    assert (found.path / WEIGHTS).read_bytes() == (made.path / WEIGHTS).read_bytes()
+
+
+def test_a_form_that_fits_badly_is_refused_as_when_it_is_made(place):
+    source, strong = place.adapter(rank=9), {"lambda_off": 100.0}
+    settings = csulora.Correction(**strong, form="same")
+    folder = corrected(place, source, correction=settings)
+    g = place.guard(strong)
+    made, proven = refused(g, source, max_rank=16), refused(g, folder, max_rank=16)
+    assert made.reason == proven.reason == "rank error" and str(made) == str(proven)
+    assert place.guard(strong | {"form": "same"}).admit(folder, "fixed").how == "recomputed"
+
+
 def forged(place, source):
     """Raw weights under the mark and the report of a correction."""
     folder = corrected(place, source)

@@ -1,6 +1,7 @@
 """`csulora serve-check` on folders: what it says is what a guard does."""
 
 import json
+import shutil
 import tempfile
 
 import builders
@@ -8,7 +9,7 @@ import pytest
 import torch
 from test_canary import REFUSED, by_vllm, serving
 
-from csulora.errors import DiskFullError
+from csulora.errors import CsuloraError, DiskFullError
 from csulora.serving import canary, config, forms
 from csulora.serving.check import server_config
 from csulora.serving.guard import Guard, RefusedError
@@ -128,6 +129,93 @@ def test_the_mode_is_that_which_protects(capsys, place, mode):
     result, found, _ = check(capsys, place)
     assert found["one"]["served"] == (mode != "require")
     assert (f"mode is {mode}; this is what correct would do" in result.err) == (mode != "require")
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_what_the_cache_holds_counts_where_it_is_required(capsys, place, spoiled):
+    configure(place, mode="require", cache_bytes=1)  # a server would evict
+    for name, seed in (("one", 0), ("two", 1)):
+        builders.write_adapter(place / "in" / name, seed=seed)
+    call = ("prewarm", place / "in" / "one", "--config", place / "csulora.toml")
+    configure(place, mode="require")
+    assert builders.run(capsys, *call, "--max-lora-rank", 8).code == 0
+    configure(place, mode="require", cache_bytes=1)
+    (weights,) = (place / "cache").glob(f"*/{builders.WEIGHTS}")
+    if spoiled:
+        weights.write_bytes(b"x")
+    before = builders.tree(place)
+    times = [path.stat().st_mtime_ns for path in sorted(place.rglob("*")) if path.is_file()]
+    result, found, least = check(capsys, place, "--max-lora-rank", 8)
+    assert result.code == 1 and least == 8
+    assert found["one"]["how"] == ("repaired" if spoiled else "hit")
+    assert (found["one"]["form"], found["one"]["rank"]) == ("exact", 8)
+    assert found["two"]["reason"] == "not corrected" and found["two"]["max_lora_rank"] is None
+    found = check(capsys, place, "--max-lora-rank", 1)[1]["one"]
+    assert (found["reason"], found["max_lora_rank"]) == ("rank", 8)
+    assert builders.tree(place) == before
+    after = [path.stat().st_mtime_ns for path in sorted(place.rglob("*")) if path.is_file()]
+    assert after == times
+
+
+def test_a_record_without_its_entry_is_none_to_a_server(capsys, place):
+    configure(place, mode="require")
+    builders.write_adapter(place / "in" / "one")
+    builders.run(capsys, "prewarm", "--config", place / "csulora.toml")
+    (weights,) = (place / "cache").glob(f"*/{builders.WEIGHTS}")
+    shutil.rmtree(weights.parent)
+    assert check(capsys, place)[1]["one"]["reason"] == "not corrected"
+
+
+UNFIT = {
+    "audit is a folder": ({"audit": "in"}, "audit", "not a regular file"),
+    "audit is a link": ({"audit": "link"}, "audit", "not a regular file"),
+    "audit's name": ({"audit": "x" * 300}, "audit", "File name too long"),
+    "cache is a file": ({"cache": "csulora.toml"}, "cache", "is a link or no folder"),
+    "cache below a file": ({"cache": "csulora.toml/c"}, "cache", "Not a directory"),
+    "cache is a link": ({"cache": "link"}, "cache", "is a link or no folder"),
+    "cache is open": ({"cache": "open"}, "cache", "others may enter it"),
+    "cache's name": ({"cache": "x" * 300}, "cache", "File name too long"),
+    "cache below another's": ({"cache": "/proc/1/c"}, "cache", "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("mode", ["correct", "require"])
+@pytest.mark.parametrize("way", UNFIT)
+def test_where_no_server_would_start_the_check_is_wrong(capsys, place, way, mode):
+    changes, key, text = UNFIT[way]
+    builders.write_adapter(place / "in" / "one")
+    (place / "open").mkdir()
+    (place / "open").chmod(0o777)
+    (place / "link").symlink_to("csulora.toml")
+    configure(place, mode=mode, **changes)
+    with pytest.raises(CsuloraError) as caught:
+        Guard(config.load(place / "csulora.toml")).check_start()
+    before = builders.tree(place)
+    result = builders.run(capsys, "serve-check", "--config", place / "csulora.toml")
+    assert result.code == 2 and result.out == "" and len(result.complaints) == 1
+    assert f"{key}: " in result.err and text in result.err and str(caught.value) in result.err
+    assert builders.tree(place) == before
+    with pytest.raises(CsuloraError, match=f"^{key}: "):
+        Guard(config.load(place / "csulora.toml")).open()
+
+
+def test_a_start_that_would_make_cache_and_log_is_left_to_the_server(capsys, place):
+    builders.write_adapter(place / "in" / "one")
+    configure(place, cache="deep/cache", audit="audit.jsonl")
+    before = builders.tree(place)
+    assert check(capsys, place)[0].code == 0 and builders.tree(place) == before
+
+
+@pytest.mark.parametrize("content", ["nothing", "links"])
+def test_a_folder_without_adapters_is_said_to_be_one(capsys, place, content):
+    if content == "links":
+        builders.write_adapter(place / "elsewhere")
+        (place / "in" / "one").symlink_to(place / "elsewhere")
+    call = ("serve-check", "--config", place / "csulora.toml")
+    result = builders.run(capsys, *call)
+    assert result.code == 2 and "configuration's folders hold none" in result.err
+    result = builders.run(capsys, *call, place / "in")
+    assert result.code == 2 and f"{place / 'in'}: there are no adapters in it" in result.err
 
 
 def test_nothing_is_kept(capsys, place):

@@ -344,6 +344,16 @@ def test_the_command_names_what_it_does_not_sign(capsys, output, adapter, keys):
     assert bad["error"] in result.complaints[0]
 
 
+@pytest.mark.parametrize("key", ["missing", "folder", "too long"])
+def test_a_key_that_cannot_be_read_is_told_once(capsys, output, tmp_path, key):
+    shutil.copytree(output, output.parent / "second")
+    (tmp_path / "folder.pem").mkdir()
+    name = "x" * 300 if key == "too long" else f"{key}.pem"
+    result = builders.run(capsys, "sign", output.parent, "--key", tmp_path / name)
+    assert result.code == 2 and result.out == "" and len(result.complaints) == 1
+    assert f"csulora: error: {tmp_path / name}: " in result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -13,6 +13,7 @@ from csulora.errors import CsuloraError
 from csulora.integrations.hooks import Function, Hook
 from csulora.integrations.vllm.admission import Admission, refusing
 from csulora.integrations.vllm.prefixes import Prefixes
+from csulora.serving.recent import Recent
 
 LOAD = Hook("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("self", "lora_request"))
 ADD = Hook(
@@ -50,12 +51,16 @@ class _State:
     and when these may be dropped.
     """
 
-    paths: dict[tuple[int, str], str] = field(default_factory=dict)
+    paths: Recent[tuple[int, str], str] = field(default_factory=Recent)
     zeros: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manager: Any) -> _State:
         return manager.__dict__.setdefault("_csulora", cls())
+
+    def path(self, request: Any) -> str | None:
+        """Where the weights of a request lay when they were read last; None where they were not."""
+        return self.paths.get((request.lora_int_id, request.lora_path))
 
 
 def load_of_sound(function: Function, admission: Admission) -> Function:
@@ -69,16 +74,12 @@ def load_of_sound(function: Function, admission: Admission) -> Function:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         if admission.observing:
             return function(self, lora_request)
-        paths = _State.of(self).paths
-        which = lora_request.lora_int_id, lora_request.lora_path
-        if which in paths:
-            return _again(self, function, admission, lora_request, paths[which])
-        name = lora_request.lora_name
-        with refusing(name, CsuloraError):
-            path = admission.path(lora_request.lora_path, name, self.lora_config.max_lora_rank)
-        lora = function(self, msgspec.structs.replace(lora_request, lora_path=path))
-        paths[which] = path
-        return lora
+        before = _State.of(self).path(lora_request)
+        if before is not None:
+            return _again(self, function, admission, lora_request, before)
+        with refusing(lora_request.lora_name, CsuloraError):
+            path = _admitted(self, admission, lora_request)
+        return _read(self, function, lora_request, path)
 
     return _load_adapter
 
@@ -95,8 +96,20 @@ def add_anew(function: Function) -> Function:
     return add_adapter
 
 
+def _admitted(self: Any, admission: Admission, request: Any) -> str:
+    """Where the sound weights of what a request names now lie. Raises CsuloraError if refused."""
+    return admission.path(request.lora_path, request.lora_name, self.lora_config.max_lora_rank)
+
+
+def _read(self: Any, function: Function, request: Any, path: str) -> Any:
+    """The adapter at the path of sound weights, which is remembered for the request."""
+    lora = function(self, msgspec.structs.replace(request, lora_path=path))
+    _State.of(self).paths.set((request.lora_int_id, request.lora_path), path)
+    return lora
+
+
 def _again(self: Any, function: Function, admission: Admission, request: Any, path: str) -> Any:
-    """The adapter that was admitted at a path, or zeros; never raises for want of sound weights.
+    """The adapter that was read from a path, or zeros; never raises for want of sound weights.
 
     Workers that share a model read each for itself, and know nothing of each other: others may have
     the adapter where this one has zeros. So one that is not alone tries longer.
@@ -125,11 +138,17 @@ def _again(self: Any, function: Function, admission: Admission, request: Any, pa
 def _tried(
     self: Any, function: Function, admission: Admission, request: Any, path: str, tries: int
 ) -> Any:
-    """The adapter that was admitted at a path. Raises the error of the last try."""
+    """The adapter that was read from a path, or with `load_inplace` what is in its own folder by now.
+
+    Raises the error of the last try.
+    """
     while True:
         try:
-            sound = admission.guard.again(path, request.lora_name)
-            return function(self, msgspec.structs.replace(request, lora_path=str(sound)))
+            if request.load_inplace and request.lora_path != path:
+                sound = _admitted(self, admission, request)
+            else:
+                sound = str(admission.guard.again(path, request.lora_name))
+            return _read(self, function, request, sound)
         except Exception:
             tries -= 1
             if not tries:
