@@ -51,12 +51,12 @@ def test_a_prepared_model_stays_in_its_padding(llama, tmp_path, kind, correction
     folder = through_folder(llama, plain, correction, tmp_path)
     wanted = logits(loaded(llama, folder))
     correct_model(model, llama.subspace, correction)
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-6)
     assert before == {n: (id(p), p.data_ptr(), p.shape) for n, p in model.named_parameters()}
     assert scalings == [id(layer.scaling["default"]) for layer in lora_layers(model)]
     assert {layer.r["default"] for layer in lora_layers(model)} == {16}
     model.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(logits(loaded(llama, tmp_path / "saved")), wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits(loaded(llama, tmp_path / "saved")), wanted, rtol=0, atol=5e-6)
 
 
 def test_a_prepared_model_has_to_have_room(llama):
@@ -82,7 +82,7 @@ def test_embeddings_are_not_padded_in_a_prepared_model(llama):
     refused(model, llama, "corrected model.embed_tokens has rank 6, .* of rank 3 at most", EXACT)
     for each in (plain, model):
         correct_model(each, llama.subspace, SAME)
-    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -96,12 +96,12 @@ def test_adapters_go_on_being_swapped_into_a_corrected_prepared_model(llama, tmp
     correct_model(model, llama.subspace, EXACT)
     hotswap.hotswap_adapter(model, tmp_path / "second" / "corrected", "default", torch_device="cpu")
     wanted = logits(loaded(llama, tmp_path / "second" / "corrected"))
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-6)
     hotswap.hotswap_adapter(model, tmp_path / "second" / "raw", "default", torch_device="cpu")
     correct_model(model, llama.subspace, EXACT)
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-6)
     model.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(logits(loaded(llama, tmp_path / "saved")), wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits(loaded(llama, tmp_path / "saved")), wanted, rtol=0, atol=5e-6)
 
 
 # --- once -------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_repair_estimates_and_corrects(worlds, tmp_path, kind):
     report = repair(model, world.base, world.aligned, SAME, rank=4)
     assert report.subspace["sha256"] == subspace.sha256
     wanted = logits(loaded(world, tmp_path / "new"))
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-6)
     with pytest.raises(CsuloraError, match="already"):
         repair(model, "nowhere", "nowhere")
     assert repair(model, world.base, world.aligned, rank=4, again=True).warnings
