@@ -257,7 +257,7 @@ def test_an_adapter_that_changes_nothing_and_one_that_is_fine_already(sweep, com
     found = sweep(*QUICK, "--eval", failing(out.parent, 'print(\'{"complied": 1, "utility": 0}\')'))
     assert found.code == 0
     assert "Realign same k 4 changes nothing at any strength" in found.out
-    assert "No setting is within complied<=0.1" in found.out
+    assert "No setting that was tried is within complied<=0.1" in found.out
     assert result_of(out)["best"] is None
 
 
