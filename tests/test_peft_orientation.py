@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from csulora import Correction, CsuloraError, LoraAdapter, correct, estimate
+from csulora import Correction, CsuloraError, LoraAdapter, Realignment, correct, estimate
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -45,6 +45,42 @@ def corrected(pair, adapter, subspace):
     new, _ = correct(LoraAdapter.load(adapter), subspace, Correction(*STRENGTHS))
     new.save(adapter.with_name("new"), overwrite=True)
     return pair.updates(adapter.with_name("new"))
+
+
+def llama(**options):
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, vocab_size=61, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+# --- weights of target_parameters, whose update lies as they are stored ------------------------------
+
+
+@pytest.mark.parametrize("name", ["attn.c_proj", "c_fc", "wpe", "lm_head", "embed_tokens"])
+def test_parameters_that_are_stored_turned_are_refused(tmp_path, name):
+    gpt2 = name not in ("embed_tokens", "lm_head")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)) if gpt2 else llama()
+    pair = Pair(tmp_path, model)
+    folder = pair.adapter(target_parameters=[f"{name}.weight"], target_modules=[])
+    for like in (None, folder):
+        options = {"like": like} if like else {"modules": [name]}
+        subspace = estimate(*pair.checkpoints, rank=K, **options)
+        if name == "lm_head":
+            pair.check(pair.updates(folder), corrected(pair, folder, subspace), STRENGTHS)
+            continue
+        for method in (Correction(), Realignment()):
+            with pytest.raises(CsuloraError, match=f"{name}: target_parameters .* target_modules"):
+                correct(LoraAdapter.load(folder), subspace, method)
+
+
+def test_parameters_of_linear_layers_are_corrected(tmp_path):
+    pair = Pair(tmp_path, llama())
+    folder = pair.adapter(target_parameters=["q_proj.weight"], target_modules=["up_proj"])
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    before = pair.updates(folder)
+    assert len(before) == 2
+    pair.check(before, corrected(pair, folder, subspace), STRENGTHS)
 
 
 # --- square weights of models of no known type -------------------------------------------------------

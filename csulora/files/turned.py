@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import takewhile
 
+from csulora.files.checkpoint import HEADS
 from csulora.files.peft_config import FILE
 
 # Model types whose blocks use Conv1D, and what these layers are called.
 MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+_EMBEDDINGS = ("wte", "wpe", "shared")  # that are not called so
 
 
 def model_type(config: Mapping[str, object], name: str) -> object:
@@ -22,6 +24,12 @@ def model_type(config: Mapping[str, object], name: str) -> object:
     part = config.get(name.partition(".")[0])
     whole = part if isinstance(part, Mapping) and "model_type" in part else config
     return whole.get("model_type")
+
+
+def may_be_turned(name: str) -> bool:
+    """Whether a module is called as Conv1D layers and embeddings are: their weights are (d_in, d_out)."""
+    leaf = name.rpartition(".")[2]
+    return leaf in (*LAYERS, *_EMBEDDINGS) or ("embed" in leaf and leaf not in HEADS)
 
 
 def stack_of(name: str) -> str:

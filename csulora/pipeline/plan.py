@@ -14,9 +14,11 @@ from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
+from csulora.files.peft_config import FILE
+from csulora.files.peft_ranks import Rules
 from csulora.files.peft_tensors import PREFIX
 from csulora.files.safetensors import is_finite
-from csulora.files.turned import by_stack, cannot_be_told, stack_of
+from csulora.files.turned import by_stack, cannot_be_told, may_be_turned, stack_of
 from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
@@ -186,6 +188,7 @@ def _members(
     turned = _turned(adapter, subspace, matches)
     head = next((name for name in adapter.modules if ends_with(name, "lm_head")), None)
     strengths = correction.own_strengths([*adapter.modules])
+    _check_parameters(adapter, subspace, matches)
     return tuple(
         _member(
             name,
@@ -238,6 +241,27 @@ def _is_tied(module: LoraModule, head: LoraModule) -> bool:
     return (
         module.embedding and torch.equal(module.A, head.B.mT) and torch.equal(module.B, head.A.mT)
     )
+
+
+def _check_parameters(
+    adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]
+) -> None:
+    """Raise CsuloraError for a weight of `target_parameters` whose rows are no outputs.
+
+    PEFT adds B A to it as it is stored, whatever kind of layer it belongs to.
+    """
+    if not adapter.config.get("target_parameters"):
+        return
+    rules = Rules(FILE, adapter.config)
+    for name, module in adapter.modules.items():
+        if module.embedding or not any(X.endswith(".weight") for X in rules.parameters(name)):
+            continue
+        if subspace.modules[matches[name]].fan_in_fan_out or may_be_turned(name):
+            raise CsuloraError(
+                f"{name}: target_parameters names its weight, which is that of an embedding or a Conv1D "
+                "layer and stored as (d_in, d_out), so that B A is its update turned over; this cannot "
+                "be corrected; train it by target_modules"
+            )
 
 
 def _turned(adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]) -> set[str]:
