@@ -21,6 +21,7 @@ from csulora.files.layouts import in_other_layouts, match_layouts
 from csulora.files.names import ends_with
 from csulora.files.quantised import REMEDY, kind_of_config
 from csulora.files.safetensors import tensor_bytes
+from csulora.files.turned import LAYERS, MODELS, by_stack, cannot_be_told, model_type, stack_of
 from csulora.method.difference import Difference, energy_of
 from csulora.method.krylov import top_triplets
 from csulora.pipeline.backend import pick_backend, pick_device
@@ -31,9 +32,7 @@ _RARE = EMBEDDINGS | HEADS | {"output", "score"}
 _RARE |= {"embed_positions", "wpe", "position_embeddings", "token_type_embeddings"}
 # Of ||D||_F: products of D with its transpose must stay within float32.
 LARGEST = 1e15
-# Model types whose blocks use transformers' Conv1D, which stores its weight as (d_in, d_out).
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+_Stacks = dict[str, dict[bool, str]]  # see `by_stack`
 
 
 def estimate(
@@ -126,9 +125,9 @@ def _select(
             )
         known = base.weights.keys() | base.promised.keys()
         matches = match_layouts(like.modules, known, str(base.folder), _remedy(base, like.modules))
-        told = _is_told(base, matches, like)
+        stacks = _oblong(base, matches, like)
         selected = {
-            target: _like_is_transposed(base, target, like, name, told)
+            target: _like_is_transposed(base, target, like, name, stacks)
             for name, target in matches.items()
         }
     else:
@@ -190,50 +189,50 @@ def _named_alike(aligned: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 
 def _is_conv1d(base: Checkpoint, name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    return base.config.get("model_type") in _CONV1D_MODELS and leaf in _CONV1D_LAYERS
+    return model_type(base.config, name) in MODELS and name.rpartition(".")[2] in LAYERS
 
 
-def _is_told(base: Checkpoint, matches: Mapping[str, str], like: LoraAdapter) -> bool:
-    """Whether `fan_in_fan_out` speaks for all modules, as far as the shapes of oblong ones tell.
-
-    PEFT leaves in it what the last module wanted. Output heads are linear layers everywhere.
-    """
-    flag = bool(like.config.get("fan_in_fan_out"))
+def _oblong(base: Checkpoint, matches: Mapping[str, str], like: LoraAdapter) -> _Stacks:
+    """The adapter's oblong modules by their stacks, without output heads: those are linear everywhere."""
+    found = {}
     for name, target in matches.items():
         module, weight = like.modules[name], base.weights.get(target)
         shape = module.B.shape[0], module.A.shape[1]
         tells = shape[0] != shape[1] and not module.embedding and not ends_with(name, "lm_head")
-        if tells and weight is not None and (weight.shape != shape) != flag:
-            return False
-    return True
+        if tells and weight is not None:
+            found[name] = weight.shape != shape
+    return by_stack(found)
 
 
 def _like_is_transposed(
-    base: Checkpoint, target: str, like: LoraAdapter, name: str, told: bool
+    base: Checkpoint, target: str, like: LoraAdapter, name: str, stacks: _Stacks
 ) -> bool:
     module = like.modules[name]
     shape = (module.B.shape[0], module.A.shape[1])
     _check_stored(base, target)
     if module.embedding:
         shape = shape[::-1]
-    stored = base.weights[target].shape
-    if stored != shape and (module.embedding or stored != shape[::-1]):
+    weight = base.weights[target]
+    if weight.shape != shape and (module.embedding or weight.shape != shape[::-1]):
         raise CsuloraError(
-            f"{base.weights[target].file}: tensor {base.weights[target].name} is {stored}, but the "
+            f"{weight.file}: tensor {weight.name} is {weight.shape}, but the "
             f"adapter updates {name} with {shape}"
         )
     if module.embedding:
         return False  # estimated as it is stored, so that `modules` gives the same
-    if shape[0] == shape[1]:
-        if not told and base.config.get("model_type") not in _CONV1D_MODELS:
-            weight = base.weights[target]
-            raise CsuloraError(
-                f"{weight.file}: tensor {weight.name} is square, and whether it is stored as (d_in, "
-                "d_out) cannot be told: the adapter's fan_in_fan_out is not true of its other modules"
-            )
-        return (told and bool(like.config.get("fan_in_fan_out"))) or _is_conv1d(base, target)
-    return stored != shape
+    if shape[0] != shape[1]:
+        return weight.shape != shape
+    if ends_with(name, "lm_head"):
+        return False
+    seen = stacks.get(stack_of(name), {})
+    if model_type(base.config, target) in MODELS:
+        return _is_conv1d(base, target) or (True in seen and False not in seen)
+    # Without the flag there is none that is stored so, unless another module shows that it is untrue.
+    flag = bool(like.config.get("fan_in_fan_out"))
+    doubted = flag or any(True in others for others in stacks.values())
+    if len(seen) == 2 or (doubted and not seen):
+        raise CsuloraError(cannot_be_told(f"{weight.file}: tensor {weight.name}", seen, flag))
+    return True in seen
 
 
 def _check_stored(checkpoint: Checkpoint, name: str) -> None:

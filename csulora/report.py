@@ -153,11 +153,11 @@ def _strength(value: object) -> float | None:
 
 
 def _is_figure(value: object, name: str) -> bool:
-    """Whether it is a finite number, for a relative figure one that a summary can hold as float32."""
+    """Whether it is a finite number, for a relative figure one that is not far below 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    largest = 3.4e38 if name.startswith("relative") else sys.float_info.max
-    return abs(value) <= largest
+    lowest = -1 if name.startswith("relative") else -sys.float_info.max
+    return lowest <= value <= sys.float_info.max
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:
@@ -180,6 +180,12 @@ def module_reports(
         total = s * s * energy[i]
         if not math.isfinite(total):
             raise CsuloraError(f"{name}: the energy of its update, {total}, is out of range")
+        added_up = total * sum(after[i]), total * (change[i] * change[i]), change[i] * change[i]
+        if not all(map(math.isfinite, (*after[i], error[i], *added_up))):
+            raise CsuloraError(
+                f"{name}: its result is larger than its update, of scaling {s:g}, by more than a report "
+                "can hold"
+            )
         reports[name] = ModuleReport(
             *own,
             energy_before=total,

@@ -31,6 +31,7 @@ EXTREMES = 5  # outliers named at each end of each figure
 FAR = 3.5
 FEW = 20
 ROUNDING = 1e-6
+LARGEST = 3.4e38  # of float32
 PROBE_BYTES = 1 << 30
 PROBE_FILES = 32
 
@@ -79,8 +80,8 @@ class Summary:
         if outcome.totals is not None:
             off = outcome.totals.relative_energy_before["off"]
             change = outcome.totals.relative_change
-            self.off.append(off)
-            self.change.append(change)
+            self.off.append(min(off, LARGEST))
+            self.change.append(min(change, LARGEST))
             for figure, value in (("off", off), ("change", change)):
                 outlier = Outlier(outcome.adapter, figure, off, change)
                 for sign in (1, -1):

@@ -139,7 +139,9 @@ def _module(
         and _holds(into[1], A, as_stored=A is old.A)
     ):
         B, A = balance(B, A)
-    store(member.name, B, A, into, scaled=plan.portable)
+    # Realignment divides by the scaling.
+    scaled = plan.portable or isinstance(member.correction, Realignment)
+    store(member.name, B, A, into, scaled=scaled)
     return LoraModule(into[1], into[0], new.alpha, new.scaling, new.embedding)
 
 

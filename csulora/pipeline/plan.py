@@ -14,8 +14,11 @@ from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
+from csulora.files.peft_config import FILE
+from csulora.files.peft_ranks import Rules
 from csulora.files.peft_tensors import PREFIX
 from csulora.files.safetensors import is_finite
+from csulora.files.turned import by_stack, cannot_be_told, may_be_turned, stack_of
 from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
@@ -182,16 +185,17 @@ def _members(
 ) -> tuple[Member, ...]:
     where = str(subspace.path or "subspace")
     matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
-    turned = bool(adapter.config.get("fan_in_fan_out")) and _are_turned(adapter, subspace, matches)
+    turned = _turned(adapter, subspace, matches)
     head = next((name for name in adapter.modules if ends_with(name, "lm_head")), None)
     strengths = correction.own_strengths([*adapter.modules])
+    _check_parameters(adapter, subspace, matches)
     return tuple(
         _member(
             name,
             module,
             matches[name],
             subspace,
-            turned,
+            name in turned,
             _settings(name, adapter, head, strengths, correction),
             strengths.get(name) == "drop",
         )
@@ -239,37 +243,60 @@ def _is_tied(module: LoraModule, head: LoraModule) -> bool:
     )
 
 
-def _are_turned(adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]) -> bool:
-    """Whether U and V go into each other's place where `fan_in_fan_out` is set, as oblong modules tell.
+def _check_parameters(
+    adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]
+) -> None:
+    """Raise CsuloraError for a weight of `target_parameters` whose rows are no outputs.
 
-    Raises CsuloraError for a square module beside others of which only some are stored that way.
+    PEFT adds B A to it as it is stored, whatever kind of layer it belongs to.
     """
-    turned, as_they_are, square = [], [], []
+    if not adapter.config.get("target_parameters"):
+        return
+    rules = Rules(FILE, adapter.config)
+    for name, module in adapter.modules.items():
+        if module.embedding or not any(X.endswith(".weight") for X in rules.parameters(name)):
+            continue
+        if subspace.modules[matches[name]].fan_in_fan_out or may_be_turned(name):
+            raise CsuloraError(
+                f"{name}: target_parameters names its weight, which is that of an embedding or a Conv1D "
+                "layer and stored as (d_in, d_out), so that B A is its update turned over; this cannot "
+                "be corrected; train it by target_modules"
+            )
+
+
+def _turned(adapter: LoraAdapter, subspace: SafetySubspace, matches: Mapping[str, str]) -> set[str]:
+    """Modules of which U and V go into each other's place, as `fan_in_fan_out` is set and the subspace
+    does not know.
+
+    Raises CsuloraError for a square module of which nothing tells.
+    """
+    if not adapter.config.get("fan_in_fan_out"):
+        return set()
+    oblong: dict[str, bool] = {}
+    square = []
     for name, module in adapter.modules.items():
         found = subspace.modules[matches[name]]
-        if module.embedding or found.fan_in_fan_out:
-            continue  # known
+        if module.embedding or found.fan_in_fan_out or ends_with(name, "lm_head"):
+            continue  # known; a head is linear everywhere
         if module.B.shape[0] == module.A.shape[1]:
             square.append(name)
-        elif _is_turned(module, found):
-            turned.append(name)
-        elif not ends_with(name, "lm_head"):  # linear everywhere
-            as_they_are.append(name)
-    if turned and as_they_are and square:
-        raise CsuloraError(
-            f"{square[0]}: its weight is square, and whether it is stored as (d_in, d_out) cannot be "
-            f"told: that of {turned[0]} is, that of {as_they_are[0]} is not"
-        )
-    return bool(turned)
+        else:
+            oblong[name] = _is_turned(module, found)
+    # An estimate that told some to be stored that way told the others, too.
+    knows = any(found.fan_in_fan_out for found in subspace.modules.values())
+    stacks = by_stack(oblong)
+    for name in square:
+        seen = stacks.get(stack_of(name), {})
+        if len(seen) == 2 or not (seen or knows):
+            raise CsuloraError(cannot_be_told(f"{name}: its weight", seen, flag=True))
+        oblong[name] = True in seen
+    return {name for name, turned in oblong.items() if turned}
 
 
 def _is_turned(module: LoraModule, found: ModuleSubspace) -> bool:
-    """Whether only U and V in each other's place fit the update, as when the adapter knows that its
+    """Whether U and V in each other's place fit an oblong update, as when the adapter knows that its
     weights are stored as (d_in, d_out) and the estimate did not."""
-    shape = (module.B.shape[0], module.A.shape[1])
-    if module.embedding:
-        return False  # stored as (d_in, d_out) whatever linear weights are
-    return not found.fan_in_fan_out and shape != shape[::-1] == (found.U.shape[0], found.V.shape[0])
+    return (module.A.shape[1], module.B.shape[0]) == (found.U.shape[0], found.V.shape[0])
 
 
 def _member(
@@ -284,10 +311,8 @@ def _member(
     found = subspace.modules[target]
     shape = (module.B.shape[0], module.A.shape[1])
     U, V = found.U, found.V
-    # The singular vectors of the transposed matrix are the same two bases in the other order. A square
-    # module does not tell; it is stored like the others. An embedding is known by its kind.
-    fits = module.embedding or (turned and (V.shape[0], U.shape[0]) == shape)
-    transposed = fits and not found.fan_in_fan_out
+    # The singular vectors of the transposed matrix are the same two bases in the other order.
+    transposed = turned or (module.embedding and not found.fan_in_fan_out)
     if transposed:
         U, V = V, U
     if (U.shape[0], V.shape[0]) != shape:

@@ -1,5 +1,6 @@
 """Realignment through `csulora.correct` by the dense oracle: types, precision, B's bytes, the report."""
 
+import json
 import math
 
 import pytest
@@ -175,3 +176,20 @@ def test_sweep_and_decompose_take_it():
     found = csulora.decompose(adapter, subspace, Realignment())
     made = csulora.correct(adapter, subspace, Realignment())[1]
     assert found.totals == made.totals
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scaling", [1e-30, 1e-36, 1e-40, -1e-60, 1e-100, 1e-150, 1e-155, 1e-170])
+def test_a_scaling_that_leaves_no_room_for_the_result_is_an_error(scaling, form, dtype):
+    """What alignment did is divided by it; a result that fits is as written, figures and all."""
+    B, A, U, V = factors(48, 40, 3, 4, inside=1.0)
+    basis, settings = basis_of(U, V, size=20.0), Realignment(form=form, edge=False)
+    if abs(scaling) < 1e-37:
+        with pytest.raises(csulora.CsuloraError, match=r"does not fit|more than a report can hold"):
+            run(B, A, basis, settings, scaling, dtype=dtype)
+        return
+    new, report = run(B, A, basis, settings, scaling, dtype=dtype)
+    assert torch.isfinite(new.A).all() and torch.isfinite(new.B).all()
+    assert report.totals.relative_change > 1e25
+    assert csulora.Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report

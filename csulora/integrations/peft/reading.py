@@ -59,7 +59,9 @@ class Found:
 
     name: str
     configs: dict[str, Any]  # PEFT's, of all adapters; the model's own
-    config: dict[str, Any]  # that of this adapter, as its file would hold it
+    config: dict[
+        str, Any
+    ]  # as the adapter's file would hold it, `fan_in_fan_out` if any layer has it
     slots: dict[str, Slot]
     adapter: LoraAdapter  # its tensors may be the model's own memory
 
@@ -89,6 +91,9 @@ def read(model: nn.Module, adapter_name: str | None) -> Found:
     _check_biases(where, model, config.get("bias") or "none")
     _check_alone(where, slots)
     _check_complete(where, model, name, slots)
+    # PEFT leaves in it what the last layer wanted.
+    turned = any(getattr(slot.layer, "fan_in_fan_out", False) for slot in slots.values())
+    config = config | {"fan_in_fan_out": turned}
     adapter = _adapter(where, config, slots)
     return Found(name, model.peft_config, config, slots, adapter)
 
