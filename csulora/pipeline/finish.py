@@ -11,8 +11,8 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.peft_config import FILE, portable_config
-from csulora.files.peft_ranks import alpha_for_rank, check_alphas
+from csulora.files.peft_config import portable_config
+from csulora.files.peft_ranks import alpha_for_rank
 from csulora.method import in_float64
 from csulora.method.stages import Figures
 from csulora.pipeline.memory import allocate, balance, fits_float16, store
@@ -182,7 +182,6 @@ def _with_config(plan: Plan, adapter: LoraAdapter) -> LoraAdapter:
     before = {member.name: member.module.rank for member in plan.members}
     if plan.portable_rank is None:
         return replace(adapter, config=adapter.written_config(before))
-    check_alphas(FILE, adapter.config, before)
     adapter = replace(adapter, config=portable_config(adapter.config, plan.portable_rank))
     return replace(adapter, config=adapter.written_config())
 

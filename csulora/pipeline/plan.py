@@ -15,14 +15,14 @@ from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
 from csulora.files.peft_config import FILE
-from csulora.files.peft_ranks import Rules
+from csulora.files.peft_ranks import Rules, check_alphas
 from csulora.files.peft_tensors import PREFIX
 from csulora.files.safetensors import is_finite
 from csulora.files.turned import by_stack, cannot_be_told, may_be_turned, stack_of
 from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
-from csulora.settings import Correction, Method
+from csulora.settings import Correction, Method, Realignment
 from csulora.strengths import OwnStrength
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -85,6 +85,9 @@ class Plan(NamedTuple):
             raise CsuloraError(
                 f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
             )
+        scaled = portable or correction.budget is not None or isinstance(correction, Realignment)
+        if scaled and source.config.get("alpha_pattern"):
+            check_alphas(FILE, source.config, {n: m.rank for n, m in source.modules.items()})
         left_out = base_copies(source) if portable else ()
         kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
         if portable and kept:
