@@ -47,6 +47,10 @@ def corrected(pair, adapter, subspace):
     return pair.updates(adapter.with_name("new"))
 
 
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
+
+
 def llama(**options):
     sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -59,8 +63,8 @@ def llama(**options):
 
 @pytest.mark.parametrize("name", ["attn.c_proj", "c_fc", "wpe", "lm_head", "embed_tokens"])
 def test_parameters_that_are_stored_turned_are_refused(tmp_path, name):
-    gpt2 = name not in ("embed_tokens", "lm_head")
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)) if gpt2 else llama()
+    of_gpt2 = name not in ("embed_tokens", "lm_head")
+    model = gpt2() if of_gpt2 else llama()
     pair = Pair(tmp_path, model)
     folder = pair.adapter(target_parameters=[f"{name}.weight"], target_modules=[])
     for like in (None, folder):
@@ -80,6 +84,48 @@ def test_parameters_of_linear_layers_are_corrected(tmp_path):
     subspace = estimate(*pair.checkpoints, rank=K, like=folder)
     before = pair.updates(folder)
     assert len(before) == 2
+    pair.check(before, corrected(pair, folder, subspace), STRENGTHS)
+
+
+# --- embeddings tied to heads -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_embedding_is_known_by_the_configuration(tmp_path, dtype):
+    """Trained in bfloat16 the pair is no longer one, until PEFT has loaded and saved it."""
+    embedding = "model.embed_tokens"
+    pair = Pair(tmp_path, llama(tie_word_embeddings=True))
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    config = peft.LoraConfig(r=3, lora_alpha=5, **options)
+    model = randomize(peft.get_peft_model(pair.model().to(dtype), config))
+    tokens = torch.arange(12).reshape(1, 12)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    if dtype == torch.bfloat16:
+        for method in (Correction(), Realignment()):
+            with pytest.raises(CsuloraError, match=f"{embedding}: ensure_weight_tying .* lm_head "):
+                correct(LoraAdapter.load(folder), subspace, method)
+        loaded = peft.PeftModel.from_pretrained(pair.model(), folder)
+        loaded.save_pretrained(folder, save_embedding_layers=False)
+    with pytest.raises(CsuloraError, match=f"{embedding}: shares its factors"):
+        correct(LoraAdapter.load(folder), subspace, Realignment())
+    before = pair.updates(folder)
+    turned_over = [f"{embedding}.weight"]
+    assert before.keys() == {"lm_head.weight", *turned_over}
+    pair.check(before, corrected(pair, folder, subspace), STRENGTHS, turned_over)
+
+
+def test_what_peft_does_not_tie_is_corrected_by_itself(tmp_path):
+    """It looks for two names in the configuration, and writes another one there."""
+    pair = Pair(tmp_path, gpt2())
+    folder = pair.adapter(target_modules=["wte", "lm_head"], ensure_weight_tying=True)
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    before = pair.updates(folder)
+    assert before.keys() == {"transformer.wte.weight"}
     pair.check(before, corrected(pair, folder, subspace), STRENGTHS)
 
 

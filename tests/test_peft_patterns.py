@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from csulora import Correction, CsuloraError, LoraAdapter, LoraModule, correct
+from csulora import Correction, CsuloraError, LoraAdapter, LoraModule, Realignment, correct
 from csulora.pipeline import by_torch
 from csulora.pipeline.finish import finish
 from csulora.pipeline.plan import Plan
@@ -243,8 +243,17 @@ def test_an_adapter_put_together_by_hand(tmp_path):
         torch.testing.assert_close(update.float(), module.scaling * module.B @ module.A)
 
 
-def test_the_portable_form_of_a_key_that_means_two_things(tmp_path):
-    """One form has to say what the scaling is; where that depends on the name, it cannot."""
+NEEDS_SCALING = {
+    "portable": (None, True),
+    "budget": (Correction(budget={"change": 0.3}), False),
+    "realign": (Realignment(edge=False), False),
+}
+
+
+@pytest.mark.parametrize("which", NEEDS_SCALING)
+def test_a_key_that_means_two_things_where_the_scaling_counts(tmp_path, which):
+    """Where it depends on the name what the scaling is, only a correction without it can be made."""
+    correction, portable = NEEDS_SCALING[which]
     for case, ambiguous in (("old names in full", True), ("anchored", True), ("short", False)):
         folder = write(gemma(), tmp_path / case, target_modules=TARGETS, **KEYS[case])
         age(folder)
@@ -254,10 +263,17 @@ def test_the_portable_form_of_a_key_that_means_two_things(tmp_path):
             with pytest.raises(
                 CsuloraError, match=r"alpha_pattern gives language_model.* the alpha"
             ):
-                correct(adapter, subspace, portable=True)
-        else:
-            new, _ = correct(adapter, subspace, portable=True)
+                correct(adapter, subspace, correction, portable=portable)
+            continue
+        new, _ = correct(adapter, subspace, correction, portable=portable)
+        if which == "portable":
             check(gemma, folder, tmp_path / "new", new, subspace, MOVED)
+        elif which == "budget":
+            new.save(tmp_path / "new")
+            before, after = (updates(gemma(), X) for X in (folder, tmp_path / "new"))
+            moved = sum((after[n] - dW).square().sum() for n, dW in before.items())
+            whole = sum(dW.square().sum() for dW in before.values())
+            assert float(moved / whole) ** 0.5 == pytest.approx(0.3, abs=1e-3)
 
 
 def test_experts_that_transformers_fuses(tmp_path):

@@ -30,7 +30,7 @@ _VARIANTS = {
     "alora_invocation_tokens": "the update is active for part of the tokens only",
 }
 # Initialisations that also change the base weight whenever the adapter is loaded.
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def parse_config(path: Path, data: bytes) -> dict[str, Any]:

@@ -131,15 +131,16 @@ def rescaled(
 def check_alphas(where: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
     """Raise CsuloraError where a module of this rank may get one alpha or another.
 
-    As long as alphas are scaled alike it does not matter which; a form without patterns has to know.
+    CSULoRA's own correction of a module does not depend on it, and alphas are scaled alike; realignment,
+    a budget, which weighs modules, and a form without patterns have to know.
     """
     rules = Rules(where, config)
     for module, rank in ranks.items():
         if len(alphas := rules.alphas(module, rank)) > 1:
             raise CsuloraError(
                 f"{where}: alpha_pattern gives {module} the alpha {alphas[0]}, and {alphas[1]} under "
-                "another name by which PEFT may know it, so the portable form cannot hold its scaling; "
-                "shorten the key to an end of the name"
+                "another name by which PEFT may know it, so its scaling is not known, on which "
+                "realignment, budgets and the portable form depend; shorten the key to an end of the name"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.peft_config import FILE, portable_config
-from csulora.files.peft_ranks import alpha_for_rank, check_alphas
+from csulora.files.peft_config import portable_config
+from csulora.files.peft_ranks import alpha_for_rank
 from csulora.method import in_float64
 from csulora.method.stages import Figures
 from csulora.pipeline.memory import allocate, balance, fits_float16, store
@@ -24,6 +25,7 @@ from csulora.subspace import SafetySubspace
 from csulora.text import listed
 from csulora.version import MADE_BY
 
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
 # What gives the factors of members that float32 would spoil, by their position in the plan.
 Careful = dict[int, in_float64.Attenuated | in_float64.Realigned]
 
@@ -170,6 +172,19 @@ def _has_nothing_to_realign(member: Member) -> bool:
     return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 
+def _uneven_experts(plan: Plan) -> list[str]:
+    """Layers whose experts, each a module of its own, had one rank and have several in the result."""
+    layers: dict[str, list[Member]] = {}
+    for member in plan.members if not plan.portable else ():
+        if found := _EXPERT.match(member.name):
+            layers.setdefault(found[1], []).append(member)
+    return [
+        layer
+        for layer, experts in layers.items()
+        if len({m.rank for m in experts}) > 1 and len({m.module.rank for m in experts}) == 1
+    ]
+
+
 def _made(plan: Plan, report: Report) -> dict[str, Any]:
     """What the file will say of how it was made."""
     before = {"before": plan.source.made} if plan.source.made else {}
@@ -182,7 +197,6 @@ def _with_config(plan: Plan, adapter: LoraAdapter) -> LoraAdapter:
     before = {member.name: member.module.rank for member in plan.members}
     if plan.portable_rank is None:
         return replace(adapter, config=adapter.written_config(before))
-    check_alphas(FILE, adapter.config, before)
     adapter = replace(adapter, config=portable_config(adapter.config, plan.portable_rank))
     return replace(adapter, config=adapter.written_config())
 
@@ -219,6 +233,11 @@ def _report(plan: Plan, solved: Solved) -> Report:
     if plan.left_out:
         warnings.append(
             f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
+        )
+    if uneven := _uneven_experts(plan):
+        warnings.append(
+            f"the experts of {listed(uneven)} have different ranks now; with transformers 5 PEFT stacks "
+            "them, and then cannot load the result: use the portable form"
         )
     made = provenance(plan.subspace, plan.correction, plan.dtype, plan.portable)
     other = other_model(plan.source.config, made["subspace"])

@@ -15,14 +15,14 @@ from csulora.errors import CsuloraError
 from csulora.files.layouts import match_layouts
 from csulora.files.names import SEE_LIKE, ends_with, model_name
 from csulora.files.peft_config import FILE
-from csulora.files.peft_ranks import Rules
+from csulora.files.peft_ranks import Rules, check_alphas
 from csulora.files.peft_tensors import PREFIX
 from csulora.files.safetensors import is_finite
 from csulora.files.turned import by_stack, cannot_be_told, may_be_turned, stack_of
 from csulora.method.budget import Update, strength_within
 from csulora.method.precision import Limits, limits
 from csulora.method.realign import Spectrum
-from csulora.settings import Correction, Method
+from csulora.settings import Correction, Method, Realignment
 from csulora.strengths import OwnStrength
 from csulora.subspace import ModuleSubspace, SafetySubspace
 from csulora.text import listed
@@ -85,6 +85,9 @@ class Plan(NamedTuple):
             raise CsuloraError(
                 f"the portable form cannot hold LoRA on embeddings: {listed(embeddings)}"
             )
+        scaled = portable or correction.budget is not None or isinstance(correction, Realignment)
+        if scaled and source.config.get("alpha_pattern"):
+            check_alphas(FILE, source.config, {n: m.rank for n, m in source.modules.items()})
         left_out = base_copies(source) if portable else ()
         kept = {name: X for name, X in source.passed_through.items() if name not in left_out}
         if portable and kept:
@@ -186,7 +189,7 @@ def _members(
     where = str(subspace.path or "subspace")
     matches = match_layouts(adapter.modules, subspace.modules.keys(), where, SEE_LIKE)
     turned = _turned(adapter, subspace, matches)
-    head = next((name for name in adapter.modules if ends_with(name, "lm_head")), None)
+    heads = _heads_of_tied(adapter)
     strengths = correction.own_strengths([*adapter.modules])
     _check_parameters(adapter, subspace, matches)
     return tuple(
@@ -196,7 +199,7 @@ def _members(
             matches[name],
             subspace,
             name in turned,
-            _settings(name, adapter, head, strengths, correction),
+            _settings(name, heads.get(name), strengths, correction),
             strengths.get(name) == "drop",
         )
         for name, module in adapter.modules.items()
@@ -205,15 +208,14 @@ def _members(
 
 def _settings(
     name: str,
-    adapter: LoraAdapter,
     head: str | None,
     strengths: Mapping[str, OwnStrength],
     correction: Method,
 ) -> Method:
-    """What a module is corrected with."""
+    """What a module is corrected with; head: with which it shares its factors."""
     own = strengths.get(name)
     settings = correction.for_module(own)
-    if head is None or not _is_tied(adapter.modules[name], adapter.modules[head]):
+    if head is None:
         return settings
     if own != strengths.get(head):
         raise CsuloraError(
@@ -235,12 +237,49 @@ def _turned_over(name: str, correction: Method) -> Method:
     )
 
 
+def _heads_of_tied(adapter: LoraAdapter) -> dict[str, str]:
+    """The output head of each embedding whose update is the head's turned over, as PEFT's
+    `ensure_weight_tying` has it: PEFT loads the head's factors for both, so that left and right have to
+    mean the same sides.
+
+    Raises CsuloraError where the file has others for the embedding.
+    """
+    found: dict[str, str] = {}
+    if not _ties(adapter):
+        return found
+    for name, module in adapter.modules.items():
+        if not module.embedding:
+            continue
+        heads = [other for other, head in adapter.modules.items() if _may_be_tied(module, head)]
+        same = [other for other in heads if _is_tied(module, adapter.modules[other])]
+        if same:
+            found[name] = same[0]
+        elif heads:
+            raise CsuloraError(
+                f"{name}: ensure_weight_tying is set, with which PEFT loads the factors of {heads[0]} "
+                "for it, but the file has others for it, as of a model that was trained in 16 bits; load "
+                "the adapter with PEFT and save it again, or set ensure_weight_tying to false in "
+                f"{FILE} if the model does not tie the two"
+            )
+    return found
+
+
+def _ties(adapter: LoraAdapter) -> bool:
+    """Whether PEFT ties embeddings and heads on loading, in a model that does: it looks for two names."""
+    targets = adapter.config.get("target_modules")
+    names = [str(X) for X in targets] if isinstance(targets, list) else adapter.modules
+    named = any(ends_with(name, end) for name in names for end in ("embed_tokens", "lm_head"))
+    return bool(adapter.config.get("ensure_weight_tying")) and named
+
+
+def _may_be_tied(module: LoraModule, head: LoraModule) -> bool:
+    """Whether a module's weight has the shape of an embedding's as it is stored."""
+    shape = module.A.shape[1], module.B.shape[0]
+    return not head.embedding and (head.B.shape[0], head.A.shape[1]) == shape
+
+
 def _is_tied(module: LoraModule, head: LoraModule) -> bool:
-    """Whether an embedding's update is the output head's turned over, as PEFT's `ensure_weight_tying` has
-    it: PEFT loads the head's factors for both, so that left and right have to mean the same sides."""
-    return (
-        module.embedding and torch.equal(module.A, head.B.mT) and torch.equal(module.B, head.A.mT)
-    )
+    return torch.equal(module.A, head.B.mT) and torch.equal(module.B, head.A.mT)
 
 
 def _check_parameters(

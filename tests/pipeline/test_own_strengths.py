@@ -172,7 +172,7 @@ def tied(values=None):
     basis = ModuleSubspace(U, torch.arange(5.0, 0, -1), V, 0.5)
     subspace = SafetySubspace(dict.fromkeys(names, basis), Origin("b", "a", "", "", 0))
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3}
-    return LoraAdapter(names, config), subspace
+    return LoraAdapter(names, config | {"ensure_weight_tying": True}), subspace
 
 
 @pytest.mark.parametrize("patterns", [{"*": 5}, {"lm_head": 7, "embed_tokens": 7}, {"*": "drop"}])

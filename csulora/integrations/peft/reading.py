@@ -59,9 +59,8 @@ class Found:
 
     name: str
     configs: dict[str, Any]  # PEFT's, of all adapters; the model's own
-    config: dict[
-        str, Any
-    ]  # as the adapter's file would hold it, `fan_in_fan_out` if any layer has it
+    # That of this adapter, as its file would hold it, with `fan_in_fan_out` if any layer has that.
+    config: dict[str, Any]
     slots: dict[str, Slot]
     adapter: LoraAdapter  # its tensors may be the model's own memory
 

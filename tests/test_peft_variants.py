@@ -1,0 +1,96 @@
+"""Adapters that PEFT reads in ways of their own, such as experts that it stacks; PEFT is the judge."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from csulora import Correction, LoraAdapter, Realignment, correct, estimate
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from peft_pairs import K, Pair  # noqa: E402
+
+PREFIX = "base_model.model."
+
+
+def llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, vocab_size=61)
+    return transformers.LlamaForCausalLM(config)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=31,
+        num_local_experts=3,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def one_by_one(folder):
+    """An adapter of Mixtral as transformers 4 had the model, each expert with modules of its own."""
+    layer = "model.layers.0."
+    shapes = {f"{layer}self_attn.q_proj": (16, 16)}
+    for i in range(3):
+        expert = f"{layer}block_sparse_moe.experts.{i}."
+        shapes |= {f"{expert}w1": (24, 16), f"{expert}w3": (24, 16), f"{expert}w2": (16, 24)}
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for name, (d_out, d_in) in shapes.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(3, d_in, generator=generator)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(d_out, 3, generator=generator)
+    peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "w1", "w2", "w3"]).save_pretrained(
+        folder
+    )
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+UNEVEN = [
+    Correction(strength_for={"w2": 0}),
+    Correction(strength_for={"experts.0.*": 0}),
+    Realignment(edge=False, form="exact", strength_for={"w1": 0}),
+]
+
+
+@pytest.mark.parametrize("correction", [Correction(), *UNEVEN], ids=str)
+def test_experts_one_by_one_that_peft_cannot_stack_are_warned_of(tmp_path, correction):
+    pair = Pair(tmp_path, mixtral())
+    folder = one_by_one(tmp_path / "adapter")
+    assert len(pair.updates(folder)) == 3
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    adapter = LoraAdapter.load(folder)
+    new, report = correct(adapter, subspace, correction)
+    new.save(tmp_path / "new")
+    warned = [text for text in report.warnings if "use the portable form" in text]
+    assert bool(warned) == (correction in UNEVEN)
+    if warned:
+        with pytest.raises((RuntimeError, ValueError)):
+            pair.updates(tmp_path / "new")
+    else:
+        assert len(pair.updates(tmp_path / "new")) == 3
+    portable, report = correct(adapter, subspace, correction, portable=True)
+    assert not any("use the portable form" in text for text in report.warnings)
+    portable.save(tmp_path / "portable")
+    assert len(pair.updates(tmp_path / "portable")) == 3
+
+
+def test_mica_leaves_the_base_weights_as_they_are(tmp_path):
+    """Its factors start from those of the base, which loading does not change."""
+    pair = Pair(tmp_path, llama())
+    folder = pair.adapter(target_modules=["q_proj"], init_lora_weights="mica")
+    assert LoraAdapter.load(folder).config["init_lora_weights"] == "mica"
+    loaded = peft.PeftModel.from_pretrained(pair.model(), folder)
+    stored = pair.model().state_dict()
+    for name, W in loaded.base_model.model.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(W, stored[name.replace("base_layer.", "")])
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    new, _ = correct(LoraAdapter.load(folder), subspace)
+    new.save(tmp_path / "new")
+    pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
