@@ -118,6 +118,11 @@ def _paired(
 def _check_module(where: str | Path, key: str, module: str) -> None:
     if "base_model" in module.split("."):
         raise CsuloraError(f"{where}: {key} does not begin with {PREFIX} as PEFT's names do")
+    if ".base_layer." in module:
+        raise CsuloraError(
+            f"{where}: {key} is of LoRA on an nn.MultiheadAttention, whose weight is that of three "
+            "layers in one; this cannot be corrected"
+        )
     if not all(module.split(".")) or len(module) > LONGEST_NAME:
         raise CsuloraError(f"{where}: {key} does not name a module")
 
@@ -150,7 +155,7 @@ def _is_expert(where: str | Path, key: str, module: str, A: Tensor, rules: Rules
     one matrix, as that of a linear weight does.
     """
     ranks = {rules.rank(name) for name in rules.parameters(module)}
-    single = A.shape[0] in {*ranks, rules.rank(module)}
+    single = A.shape[0] in {rules.rank(name) for name in rules.names(module)}
     expert = not single and any(A.shape[0] % rank == 0 for rank in ranks)
     if module.endswith(".base_layer") and not expert:
         raise CsuloraError(
