@@ -354,8 +354,8 @@ def _weights_file(folder: Path) -> Path:
         )
     if shards := sorted(folder.glob(f"{weights.stem}-*-of-*{weights.suffix}")):
         raise CsuloraError(
-            f"{shards[0]}: the adapter is in {len(shards)} file(s), as transformers splits it; save it in "
-            "one, with save_pretrained(..., max_shard_size='100GB')"
+            f"{shards[0]}: the adapter is in {len(shards)} file(s), as transformers splits it; save it "
+            "in one, with save_pretrained(..., max_shard_size='100GB')"
         )
     raise CsuloraError(f"{weights}: no such file")
 

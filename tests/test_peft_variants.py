@@ -139,3 +139,32 @@ def test_a_tied_head_of_another_name_is_said_to_be_and_corrected_once_it_is_stor
     subspace = estimate(*pair.checkpoints, rank=K, like=folder)
     correct(LoraAdapter.load(folder), subspace)[0].save(tmp_path / "new")
     pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_velora_is_corrected_and_loads_as_plain_lora(tmp_path, portable):
+    """It changes how gradients are computed, and nothing of the update."""
+    pair = Pair(tmp_path, llama())
+    velora = peft.tuners.lora.config.VeloraConfig()
+    folder = pair.adapter(target_modules=["q_proj"], velora_config=velora)
+    assert any("velora" in name for name in load_file(folder / "adapter_model.safetensors"))
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    new, _ = correct(LoraAdapter.load(folder), subspace, portable=portable)
+    new.save(tmp_path / "new")
+    pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["self_attn.q_proj", "up_proj"], ".*q_proj"])
+def test_modules_that_peft_leaves_out_are_told_of(tmp_path, targets):
+    """The file holds two, and servers apply both."""
+    pair = Pair(tmp_path, llama())
+    folder = pair.adapter(target_modules=["q_proj", "up_proj"])
+    edit_json(folder / "adapter_config.json", target_modules=targets)
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    new, report = correct(LoraAdapter.load(folder), subspace, portable=True)
+    new.save(tmp_path / "new")
+    before = pair.updates(folder)
+    pair.check(before, pair.updates(tmp_path / "new"))
+    warned = [text for text in report.warnings if "target_modules names 1 of 2" in text]
+    assert bool(warned) == (targets == ["q_proj"])
+    assert len(before) == 2 - (len(targets) != 2)

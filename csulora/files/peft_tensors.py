@@ -25,6 +25,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?", re.DOTALL)
 _BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias", re.DOTALL)
 _MAGNITUDE = ".lora_magnitude_vector"
+_TRAINING = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?", re.DOTALL)  # no say once trained
 _LORA = re.compile(r"lora_(A|B|embedding)")
 
 
@@ -57,7 +58,7 @@ def factor_word(side: str, embedding: bool) -> str:
 def sort_out(
     where: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], rules: Rules
 ) -> Sorted:
-    """Sort the tensors of an adapter file.
+    """Sort the tensors of an adapter file, without those that only training with VeLoRA needs.
 
     Raises CsuloraError, naming `where` and the tensor, for what is meant as, or would act as, the update
     of a linear weight and is none that can be corrected.
@@ -95,6 +96,8 @@ def _paired(
     others: dict[str, Tensor] = {}
     adapters: set[str] = set()
     for key, tensor in tensors.items():
+        if _TRAINING.fullmatch(key):
+            continue
         found = _FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key)
         if found is None:
             others[key] = tensor

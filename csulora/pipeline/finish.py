@@ -12,8 +12,9 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.peft_config import portable_config
-from csulora.files.peft_ranks import alpha_for_rank
+from csulora.files.names import ends_with
+from csulora.files.peft_config import FILE, portable_config
+from csulora.files.peft_ranks import Rules, alpha_for_rank
 from csulora.method import in_float64
 from csulora.method.stages import Figures
 from csulora.pipeline.memory import allocate, balance, fits_float16, store
@@ -172,6 +173,19 @@ def _has_nothing_to_realign(member: Member) -> bool:
     return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 
+def _untargeted(plan: Plan) -> list[str]:
+    """Modules that PEFT does not apply, as far as `target_modules` is a list of names."""
+    targets = plan.source.config.get("target_modules")
+    if not isinstance(targets, list):
+        return []
+    parameters = Rules(FILE, plan.source.config).parameters
+    return [
+        member.name
+        for member in plan.members
+        if not parameters(member.name) and not any(ends_with(member.name, str(X)) for X in targets)
+    ]
+
+
 def _uneven_experts(plan: Plan) -> list[str]:
     """Layers whose experts, each a module of its own, had one rank and have several in the result."""
     layers: dict[str, list[Member]] = {}
@@ -233,6 +247,11 @@ def _report(plan: Plan, solved: Solved) -> Report:
     if plan.left_out:
         warnings.append(
             f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
+        )
+    if plan.portable and (untargeted := _untargeted(plan)):
+        warnings.append(
+            f"target_modules names {len(modules) - len(untargeted)} of {len(modules)} modules, which are "
+            f"all that PEFT applies, where servers apply the others, too: {listed(untargeted)}"
         )
     if uneven := _uneven_experts(plan):
         warnings.append(
