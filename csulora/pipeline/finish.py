@@ -13,6 +13,7 @@ from torch import Tensor
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
 from csulora.files.names import ends_with
+from csulora.files.patterns import Pattern
 from csulora.files.peft_config import FILE, portable_config
 from csulora.files.peft_ranks import Rules, alpha_for_rank
 from csulora.method import in_float64
@@ -174,16 +175,19 @@ def _has_nothing_to_realign(member: Member) -> bool:
 
 
 def _untargeted(plan: Plan) -> list[str]:
-    """Modules that PEFT does not apply, as far as `target_modules` is a list of names."""
-    targets = plan.source.config.get("target_modules")
-    if not isinstance(targets, list):
+    """Modules that PEFT does not apply by `target_modules`, as far as that can be told."""
+    targets, rules = plan.source.config.get("target_modules"), Rules(FILE, plan.source.config)
+    names = {m.name: rules.names(m.name) for m in plan.members if not rules.parameters(m.name)}
+    if isinstance(targets, list):
+        ends = [str(target) for target in targets]
+        return [m for m in names if not any(ends_with(n, end) for n in names[m] for end in ends)]
+    if not isinstance(targets, str) or targets.lower() == "all-linear":
         return []
-    parameters = Rules(FILE, plan.source.config).parameters
-    return [
-        member.name
-        for member in plan.members
-        if not parameters(member.name) and not any(ends_with(member.name, str(X)) for X in targets)
-    ]
+    try:
+        whole = Pattern(FILE, "target_modules", {f"^({targets})$": 1}, 0)
+        return [m for m in names if not any(map(whole, names[m]))]
+    except CsuloraError:  # an expression that is not taken
+        return []
 
 
 def _uneven_experts(plan: Plan) -> list[str]:
