@@ -210,9 +210,12 @@ class LoraAdapter:
         rules = Rules(where, config)
         updates, others, ranks = sort_out(where, tensors, config, rules)
         if others and not pass_through:
+            remedy = "pass --pass-through to copy them uncorrected"
+            if config.get("use_dora"):
+                remedy = "use_dora makes DoRA of all modules, which cannot be corrected"
             raise CsuloraError(
                 f"{where}: {len(others)} tensor(s) are not a LoRA update on a linear weight or "
-                f"embedding: {listed(others)}; pass --pass-through to copy them uncorrected"
+                f"embedding: {listed(others)}; {remedy}"
             )
         if not updates and not others:
             raise CsuloraError(f"{where}: holds no LoRA tensors")
@@ -348,6 +351,11 @@ def _weights_file(folder: Path) -> Path:
         raise CsuloraError(
             f"{folder / PICKLE}: a pickle; pickles are never read: load the adapter with PEFT and "
             "save it with safe_serialization=True"
+        )
+    if shards := sorted(folder.glob(f"{weights.stem}-*-of-*{weights.suffix}")):
+        raise CsuloraError(
+            f"{shards[0]}: the adapter is in {len(shards)} file(s), as transformers splits it; save it "
+            "in one, with save_pretrained(..., max_shard_size='100GB')"
         )
     raise CsuloraError(f"{weights}: no such file")
 

@@ -26,10 +26,13 @@ from csulora.method.difference import Difference, energy_of
 from csulora.method.krylov import top_triplets
 from csulora.pipeline.backend import pick_backend, pick_device
 from csulora.subspace import ModuleSubspace, Origin, SafetySubspace
+from csulora.text import listed
 
 # Embeddings and output heads, which LoRA rarely targets, by their usual names.
 _RARE = EMBEDDINGS | HEADS | {"output", "score"}
 _RARE |= {"embed_positions", "wpe", "position_embeddings", "token_type_embeddings"}
+# What models tie to their input embeddings, but for lm_head.
+_TIED = EMBEDDINGS | HEADS - {"lm_head"} | {"proj_out", "decoder"}
 # Of ||D||_F: products of D with its transpose must stay within float32.
 LARGEST = 1e15
 _Stacks = dict[str, dict[bool, str]]  # see `by_stack`
@@ -175,10 +178,25 @@ def _remedy(base: Checkpoint, wanted: Collection[str]) -> str:
     head = ""
     if "lm_head" not in base.weights and any(ends_with(name, "lm_head") for name in wanted):
         head = "no lm_head.weight is stored, nor one that config.json ties it to; "
+    tied = [name for name in wanted if _may_be_tied(base, name)]
+    if tied:
+        return (
+            f"{listed(tied)} is not stored, as where a model ties it to another weight, and of such "
+            "csulora knows lm_head alone: give it a weight of its own in both checkpoints (a clone, and "
+            "tie_word_embeddings false in config.json), or train without it"
+        )
     return (
         f"{head}the adapter is of another model, or transformers renames these weights on loading: "
         "then load both models and write them with save_pretrained(..., save_original_format=False)"
     )
+
+
+def _may_be_tied(base: Checkpoint, name: str) -> bool:
+    """Whether a module that no weight is stored for, under any beginning, is called as tied ones are."""
+    leaf = name.rpartition(".")[2]
+    stored = any(ends_with(other, leaf) for other in base.weights)
+    said = base.config.get("tie_word_embeddings", True)
+    return bool(said) and leaf in _TIED and not stored
 
 
 def _named_alike(aligned: Checkpoint, names: Collection[str]) -> Checkpoint:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from builders import edit_json
+from safetensors.torch import load_file, save_file
 
-from csulora import Correction, LoraAdapter, Realignment, correct, estimate
+from csulora import Correction, CsuloraError, LoraAdapter, Realignment, correct, estimate
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -94,3 +95,78 @@ def test_mica_leaves_the_base_weights_as_they_are(tmp_path):
     new, _ = correct(LoraAdapter.load(folder), subspace)
     new.save(tmp_path / "new")
     pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
+
+
+def test_experts_in_one_pair_are_known_whatever_their_other_parameters_have_for_a_rank(tmp_path):
+    """The 3 x 2 rows of one are as many as the rank of the other."""
+    pair = Pair(tmp_path, mixtral())
+    folder = pair.adapter(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"experts.gate_up_proj": 6},
+    )
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    adapter = LoraAdapter.load(folder, pass_through=True)
+    assert len(adapter.modules) == 1
+    correct(adapter, subspace)[0].save(tmp_path / "new")
+    before, after = pair.updates(folder), pair.updates(tmp_path / "new")
+    experts = [name for name in before if "experts" in name]
+    assert len(experts) == 2
+    for name in experts:
+        torch.testing.assert_close(after.pop(name)[0], before.pop(name)[0])
+    pair.check(before, after)
+
+
+def test_a_tied_head_of_another_name_is_said_to_be_and_corrected_once_it_is_stored(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=31,
+    )
+    pair = Pair(tmp_path, transformers.BertForMaskedLM(config))
+    folder = pair.adapter(target_modules=["query", "decoder"])
+    with pytest.raises(CsuloraError, match=r"predictions\.decoder is not stored, .*a clone"):
+        estimate(*pair.checkpoints, rank=K, like=folder)
+    for checkpoint in pair.checkpoints:
+        file = checkpoint / "model.safetensors"
+        tensors = load_file(file)
+        W = tensors["bert.embeddings.word_embeddings.weight"]
+        save_file(tensors | {"cls.predictions.decoder.weight": W.clone()}, file, {"format": "pt"})
+        edit_json(checkpoint / "config.json", tie_word_embeddings=False)
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    correct(LoraAdapter.load(folder), subspace)[0].save(tmp_path / "new")
+    pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_velora_is_corrected_and_loads_as_plain_lora(tmp_path, portable):
+    """It changes how gradients are computed, and nothing of the update."""
+    pair = Pair(tmp_path, llama())
+    velora = peft.tuners.lora.config.VeloraConfig()
+    folder = pair.adapter(target_modules=["q_proj"], velora_config=velora)
+    assert any("velora" in name for name in load_file(folder / "adapter_model.safetensors"))
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    new, _ = correct(LoraAdapter.load(folder), subspace, portable=portable)
+    new.save(tmp_path / "new")
+    pair.check(pair.updates(folder), pair.updates(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj"], ["self_attn.q_proj", "up_proj"], ".*q_proj", r".*\.(q|up)_proj"]
+)
+def test_modules_that_peft_leaves_out_are_told_of(tmp_path, targets):
+    """The file holds two, and servers apply both."""
+    pair = Pair(tmp_path, llama())
+    folder = pair.adapter(target_modules=["q_proj", "up_proj"])
+    edit_json(folder / "adapter_config.json", target_modules=targets)
+    subspace = estimate(*pair.checkpoints, rank=K, like=folder)
+    new, report = correct(LoraAdapter.load(folder), subspace, portable=True)
+    new.save(tmp_path / "new")
+    before = pair.updates(folder)
+    pair.check(before, pair.updates(tmp_path / "new"))
+    warned = [text for text in report.warnings if "target_modules names 1 of 2" in text]
+    assert len(before) == (1 if warned else 2)
+    assert bool(warned) == (targets in (["q_proj"], ".*q_proj"))

@@ -101,6 +101,8 @@ def corrected_config(
     new = dict(config)
     if isinstance(new.get("init_lora_weights"), str):
         new["init_lora_weights"] = True  # an initialisation has no say once there are weights
+    if new.get("velora_config"):
+        new["velora_config"] = None  # how gradients are computed; its tensors are left out
     # Servers refuse the mention of biases; so what the file does not hold is not mentioned.
     biases = [name for name in others if name.endswith(".bias")]
     lora_biases = [name for name in biases if ".lora_" in name]

@@ -25,6 +25,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?", re.DOTALL)
 _BIAS = re.compile(r".+\.lora_B(?:\.[^.]+)?\.bias", re.DOTALL)
 _MAGNITUDE = ".lora_magnitude_vector"
+_TRAINING = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?", re.DOTALL)  # no say once trained
 _LORA = re.compile(r"lora_(A|B|embedding)")
 
 
@@ -57,7 +58,7 @@ def factor_word(side: str, embedding: bool) -> str:
 def sort_out(
     where: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], rules: Rules
 ) -> Sorted:
-    """Sort the tensors of an adapter file.
+    """Sort the tensors of an adapter file, without those that only training with VeLoRA needs.
 
     Raises CsuloraError, naming `where` and the tensor, for what is meant as, or would act as, the update
     of a linear weight and is none that can be corrected.
@@ -95,6 +96,8 @@ def _paired(
     others: dict[str, Tensor] = {}
     adapters: set[str] = set()
     for key, tensor in tensors.items():
+        if _TRAINING.fullmatch(key):
+            continue
         found = _FACTOR.fullmatch(key) or _EMBEDDING.fullmatch(key)
         if found is None:
             others[key] = tensor
@@ -118,6 +121,11 @@ def _paired(
 def _check_module(where: str | Path, key: str, module: str) -> None:
     if "base_model" in module.split("."):
         raise CsuloraError(f"{where}: {key} does not begin with {PREFIX} as PEFT's names do")
+    if ".base_layer." in module:
+        raise CsuloraError(
+            f"{where}: {key} is of LoRA on an nn.MultiheadAttention, whose weight is that of three "
+            "layers in one; this cannot be corrected"
+        )
     if not all(module.split(".")) or len(module) > LONGEST_NAME:
         raise CsuloraError(f"{where}: {key} does not name a module")
 
@@ -150,7 +158,7 @@ def _is_expert(where: str | Path, key: str, module: str, A: Tensor, rules: Rules
     one matrix, as that of a linear weight does.
     """
     ranks = {rules.rank(name) for name in rules.parameters(module)}
-    single = A.shape[0] in {*ranks, rules.rank(module)}
+    single = A.shape[0] in {rules.rank(name) for name in rules.names(module)}
     expert = not single and any(A.shape[0] % rank == 0 for rank in ranks)
     if module.endswith(".base_layer") and not expert:
         raise CsuloraError(

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from csulora.adapter import LoraAdapter, LoraModule
 from csulora.errors import CsuloraError
-from csulora.files.peft_config import portable_config
-from csulora.files.peft_ranks import alpha_for_rank
+from csulora.files.names import ends_with
+from csulora.files.patterns import Pattern
+from csulora.files.peft_config import FILE, portable_config
+from csulora.files.peft_ranks import Rules, alpha_for_rank
 from csulora.method import in_float64
 from csulora.method.stages import Figures
 from csulora.pipeline.memory import allocate, balance, fits_float16, store
@@ -172,6 +174,22 @@ def _has_nothing_to_realign(member: Member) -> bool:
     return correction.edge and len(S) > 0 and bool(S[0] <= edge)
 
 
+def _untargeted(plan: Plan) -> list[str]:
+    """Modules that PEFT does not apply by `target_modules`, as far as that can be told."""
+    targets, rules = plan.source.config.get("target_modules"), Rules(FILE, plan.source.config)
+    names = {m.name: rules.names(m.name) for m in plan.members if not rules.parameters(m.name)}
+    if isinstance(targets, list):
+        ends = [str(target) for target in targets]
+        return [m for m in names if not any(ends_with(n, end) for n in names[m] for end in ends)]
+    if not isinstance(targets, str) or targets.lower() == "all-linear":
+        return []
+    try:
+        whole = Pattern(FILE, "target_modules", {f"^({targets})$": 1}, 0)
+        return [m for m in names if not any(map(whole, names[m]))]
+    except CsuloraError:  # an expression that is not taken
+        return []
+
+
 def _uneven_experts(plan: Plan) -> list[str]:
     """Layers whose experts, each a module of its own, had one rank and have several in the result."""
     layers: dict[str, list[Member]] = {}
@@ -233,6 +251,11 @@ def _report(plan: Plan, solved: Solved) -> Report:
     if plan.left_out:
         warnings.append(
             f"the portable form goes without the adapter's copy of base weights: {listed(plan.left_out)}"
+        )
+    if plan.portable and (untargeted := _untargeted(plan)):
+        warnings.append(
+            f"target_modules names {len(modules) - len(untargeted)} of {len(modules)} modules, which are "
+            f"all that PEFT applies, where servers apply the others, too: {listed(untargeted)}"
         )
     if uneven := _uneven_experts(plan):
         warnings.append(

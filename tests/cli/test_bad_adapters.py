@@ -92,6 +92,10 @@ BAD_ADAPTERS = {
     ),
     # other files than safetensors
     "pickle": (pickled, ["adapter_model.bin", "never read", "safe_serialization"]),
+    "sharded": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model-00001-of-00002.safetensors"),
+        ["adapter_model-00001-of-00002.safetensors", "in 1 file(s)", "max_shard_size"],
+    ),
     "weights-missing": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "no such file"]),
     "weights-are-a-pickle": (weights(pickle.dumps({"a": 1})), [WEIGHTS]),
     "weights-a-folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), [WEIGHTS]),
@@ -147,6 +151,14 @@ BAD_ADAPTERS = {
     "layer-replication": (config(layer_replication=[[0, 1]]), [CONFIG, "layer_replication"]),
     # factors
     "rank-not-that-of-config": (config(r=8), [WEIGHTS, DOWN, "rank 8"]),
+    "multihead-attention": (
+        tensors(
+            lambda t: t.update(
+                {A_NAME.replace("q_proj", "x.base_layer.out_proj"): t[A_NAME].clone()}
+            )
+        ),
+        [WEIGHTS, "x.base_layer.out_proj", "MultiheadAttention"],
+    ),
     "lora-B-missing": (tensors(lambda t: t.pop(B_NAME)), [WEIGHTS, A_NAME, "lora_B"]),
     "lora-A-missing": (tensors(lambda t: t.pop(A_NAME)), [WEIGHTS, B_NAME, "lora_A"]),
     "ranks-differ": (put(B_NAME, torch.ones(24, 5)), [WEIGHTS, Q, "(24, 5)"]),
