@@ -26,11 +26,11 @@ from csulora.outcome import Outcome
 from csulora.output import (
     REPORT,
     WEIGHTS,
-    alike,
     check_replaceable,
     contradictions,
     differences,
     otherwise,
+    unlike,
     written_report,
 )
 from csulora.pipeline.backend import check_backend, pick_device
@@ -229,7 +229,7 @@ def recognise(
     report = written_report(target)
     wanted = {**made, "source": identify_source().to_dict()}
     parts = {key: getattr(report, key) for key in wanted}
-    changed = [otherwise(k, parts[k], wanted[k]) for k in wanted if not alike(parts[k], wanted[k])]
+    changed = [otherwise(key, parts[key], wanted[key]) for key in unlike(parts, wanted)]
     if changed:
         raise ChangedError(f"{target}: was made with other {' and '.join(changed)}")
     damaged = differences(target, report) or contradictions(target, report)

@@ -152,17 +152,18 @@ def contradictions(folder: Path, report: Report) -> list[str]:
         return [f"{WEIGHTS} does not say that csulora corrected it"]
     stated = {"made_by": report.made_by, "settings": report.settings}
     stated |= {"subspace": report.subspace, "source": report.source}
-    return [
-        f"{WEIGHTS} and the report name different {PARTS[key]}"
-        for key, value in stated.items()
-        if not alike(mark.get(key), value)
-    ]
+    return [f"{WEIGHTS} and the report name different {PARTS[key]}" for key in unlike(mark, stated)]
 
 
 def stray_weights(folder: Path) -> list[str]:
     """What weights that nobody corrected, and that a server may read, lie beside those of an output."""
     found = other_weights(folder, {WEIGHTS})
     return [f"holds weights that csulora did not write: {listed(found)}"] if found else []
+
+
+def unlike(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+    """Which parts of a report or mark are not what they should be."""
+    return [key for key, value in wanted.items() if not alike(found.get(key), value)]
 
 
 def alike(found: object, wanted: object) -> bool:

@@ -21,6 +21,11 @@ def llama(**options):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | options))
 
 
+def mixtral(**options):
+    sizes = LLAMA | {"num_local_experts": 2} | options
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
 def neox():
     sizes = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))

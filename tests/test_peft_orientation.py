@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoint_models import llama
 from torch import nn
 
 from csulora import Correction, CsuloraError, LoraAdapter, Realignment, correct, estimate
@@ -49,13 +50,6 @@ def corrected(pair, adapter, subspace):
 
 def gpt2():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
-
-
-def llama(**options):
-    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**sizes, **heads, vocab_size=61, **options)
-    return transformers.LlamaForCausalLM(config)
 
 
 # --- weights of target_parameters, whose update lies as they are stored ------------------------------

@@ -6,6 +6,7 @@ import builders
 import oracle
 import pytest
 import torch
+from checkpoint_models import mixtral
 from safetensors.torch import load_file
 from tiny_models import LINEAR, load_aligned, save_pair
 from tolerances import TOLERANCES
@@ -22,7 +23,6 @@ from csulora import (
 )
 from csulora.settings import FORMS
 
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SETTINGS = [
@@ -362,19 +362,10 @@ def test_dora_on_an_embedding_is_no_update_that_can_be_corrected(world, with_emb
 def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, parameters, form):
     """PEFT names their ranks otherwise than their tensors; the corrected folder must load."""
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-        num_local_experts=2,
-    )
     lora = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], target_parameters=parameters
     )
-    base = transformers.MixtralForCausalLM(config)
+    base = mixtral(vocab_size=32)
     weights = {k: v.clone() for k, v in base.state_dict().items()}
     model = peft.get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
@@ -386,7 +377,7 @@ def test_expert_parameters_pass_through_beside_corrected_modules(tmp_path, param
     subspace = builders.random_subspace(adapter)
     new, _ = correct(adapter, subspace, Correction(form=form))
     new.save(tmp_path / "corrected")
-    fresh = transformers.MixtralForCausalLM(config)
+    fresh = mixtral(vocab_size=32)
     fresh.load_state_dict(weights)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "corrected")
     merged = loaded.merge_and_unload().state_dict()

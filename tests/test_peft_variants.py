@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders import edit_json
+from checkpoint_models import llama, mixtral
 from safetensors.torch import load_file, save_file
 
 from csulora import Correction, CsuloraError, LoraAdapter, Realignment, correct, estimate
@@ -13,25 +14,6 @@ peft = pytest.importorskip("peft")
 from peft_pairs import K, Pair  # noqa: E402
 
 PREFIX = "base_model.model."
-
-
-def llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, vocab_size=61)
-    return transformers.LlamaForCausalLM(config)
-
-
-def mixtral():
-    config = transformers.MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=31,
-        num_local_experts=3,
-    )
-    return transformers.MixtralForCausalLM(config)
 
 
 def one_by_one(folder):
@@ -61,7 +43,7 @@ UNEVEN = [
 
 @pytest.mark.parametrize("correction", [Correction(), *UNEVEN], ids=str)
 def test_experts_one_by_one_that_peft_cannot_stack_are_warned_of(tmp_path, correction):
-    pair = Pair(tmp_path, mixtral())
+    pair = Pair(tmp_path, mixtral(num_local_experts=3))
     folder = one_by_one(tmp_path / "adapter")
     assert len(pair.updates(folder)) == 3
     subspace = estimate(*pair.checkpoints, rank=K, like=folder)
@@ -99,7 +81,7 @@ def test_mica_leaves_the_base_weights_as_they_are(tmp_path):
 
 def test_experts_in_one_pair_are_known_whatever_their_other_parameters_have_for_a_rank(tmp_path):
     """The 3 x 2 rows of one are as many as the rank of the other."""
-    pair = Pair(tmp_path, mixtral())
+    pair = Pair(tmp_path, mixtral(num_local_experts=3))
     folder = pair.adapter(
         r=2,
         target_modules=["q_proj"],

@@ -24,7 +24,7 @@ from csulora.errors import UsageError
 from csulora.files.folders import not_made_anew
 from csulora.folder import Existing, Recipe
 from csulora.outcome import Outcome
-from csulora.output import WEIGHTS, alike, made_of, mark_of
+from csulora.output import WEIGHTS, made_of, mark_of, unlike
 from csulora.settings import ENGINES, Correction, EngineName, Method
 from csulora.subspace import SafetySubspace
 
@@ -255,15 +255,15 @@ def _made_otherwise(run: Run, journal: Journal, items: Sequence[Item]) -> Path |
     if run.call.existing != "resume":
         return None
     for item in items:
-        target = run.call.out_dir / item.target
         known = journal.entry(item.target)
-        if known is None:
-            mark = mark_of(target / WEIGHTS)
-            other = bool(made_of(mark)) and any(
-                not alike(mark.get(key), value) for key, value in run.made.items()
-            )
-        else:
-            other = known.get("settings") != run.digest and target.exists()
-        if other:
+        if known is not None and known.get("settings") == run.digest:
+            continue
+        target = run.call.out_dir / item.target
+        if target.exists() and (known is not None or _is_marked_otherwise(target, run)):
             return target
     return None
+
+
+def _is_marked_otherwise(target: Path, run: Run) -> bool:
+    mark = mark_of(target / WEIGHTS)
+    return bool(made_of(mark)) and bool(unlike(mark, run.made))

@@ -202,20 +202,29 @@ def folders_with(
 
     but: a folder that is not entered, nor taken. passed: to be filled on the way.
     """
-    apart = None if but is None else os.path.relpath(os.path.realpath(but), os.path.realpath(base))
-    apart = None if apart is None else os.path.join(base, apart)
+    apart = None if but is None else _as_below(base, but)
     left = [(path, 1) for path in reversed(_folders(base, passed))]
     while left:  # no recursion: folders may be deeper than Python's stack
         path, level = left.pop()
         if path == apart:
             continue
-        found = any(os.path.lexists(os.path.join(path, file)) for file in files)
+        found = holds(path, files)
         if found:
             yield path
-        elif passed is not None and os.path.lexists(os.path.join(path, WEIGHTS)):
+        elif passed is not None and holds(path, [WEIGHTS]):
             passed.bare.append(path)
         if level < depth if depth is not None else not found:
             left += [(below, level + 1) for below in reversed(_folders(path, passed))]
+
+
+def holds(folder: str, files: Iterable[str]) -> bool:
+    """Whether a folder has any of these files."""
+    return any(os.path.lexists(os.path.join(folder, file)) for file in files)
+
+
+def _as_below(base: str, folder: str | os.PathLike[str]) -> str:
+    """The path by which a walk from `base` comes to a folder, if it does."""
+    return os.path.join(base, os.path.relpath(os.path.realpath(folder), os.path.realpath(base)))
 
 
 def _folders(base: str, passed: PassedOver | None) -> list[str]:

@@ -31,7 +31,7 @@ EXTREMES = 5  # outliers named at each end of each figure
 FAR = 3.5
 FEW = 20
 ROUNDING = 1e-6
-LARGEST = 3.4e38  # of float32
+LARGEST = 3.4e38  # of a figure that is kept: what is made of several stays finite
 PROBE_BYTES = 1 << 30
 PROBE_FILES = 32
 

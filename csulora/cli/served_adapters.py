@@ -6,6 +6,7 @@ import os
 
 from csulora.adapter import PICKLE
 from csulora.batch import find
+from csulora.batch.sources import holds
 from csulora.errors import UsageError
 from csulora.files.peft_config import FILE as CONFIG
 from csulora.output import WEIGHTS
@@ -24,7 +25,6 @@ def served_adapters(given: list[str], config: ServingConfig) -> list[str]:
         return found
     sources = [item.source for item in find(given)]
     for source in sources:
-        files = (os.path.join(source, name) for name in (CONFIG, WEIGHTS, PICKLE))
-        if os.path.isdir(source) and not any(map(os.path.lexists, files)):
+        if os.path.isdir(source) and not holds(source, (CONFIG, WEIGHTS, PICKLE)):
             raise UsageError(f"{source}: there are no adapters in it; links are not followed")
     return sources

@@ -6,10 +6,10 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from csulora.batch.sources import PassedOver, folders_with
+from csulora.batch.sources import PassedOver, folders_with, holds
 from csulora.cli.output import progress, say, stdout
 from csulora.errors import CsuloraError, UsageError
 from csulora.files.peft_config import FILE as CONFIG
@@ -70,7 +70,7 @@ def _verified(
 def _source(given: str, relative: str) -> str:
     """The adapter that an output was made of: `given` itself, or in it under the output's path."""
     below = os.path.join(given, relative)
-    itself = _holds(given, [CONFIG]) or not os.path.isdir(given)
+    itself = holds(given, [CONFIG]) or not os.path.isdir(given)
     return given if itself else below
 
 
@@ -81,7 +81,7 @@ def outputs_in(argument: str) -> Iterator[tuple[Path, str]]:
     """
     if not os.path.isdir(argument):
         raise UsageError(f"{argument}: no such folder")
-    if _holds(argument, FILES):
+    if holds(argument, FILES):
         yield Path(argument), os.path.basename(os.path.abspath(argument))
         return
     passed = PassedOver([], [])
@@ -96,7 +96,7 @@ def outputs_in(argument: str) -> Iterator[tuple[Path, str]]:
 def _linked(passed: PassedOver) -> Iterator[str]:
     """Links to what looks like an output: a server follows them."""
     for path in sorted(passed.links):
-        if _holds(path, FILES):
+        if holds(path, FILES):
             yield path
 
 
@@ -105,14 +105,10 @@ def _without_output(
 ) -> list[str]:
     """Adapters in the folder of all sources of which no output is among those in folders of all."""
     source = arguments.source
-    if source is None or not os.path.isdir(source) or _holds(source, [CONFIG]):
+    if source is None or not os.path.isdir(source) or holds(source, [CONFIG]):
         return []
-    if any(_holds(argument, FILES) for argument in arguments.folders):
+    if any(holds(argument, FILES) for argument in arguments.folders):
         return []
     there = {relative for _, relative in folders}
     adapters = folders_with(source, [CONFIG])
     return [path for path in adapters if os.path.relpath(path, source) not in there]
-
-
-def _holds(folder: str, files: Iterable[str]) -> bool:
-    return any(os.path.lexists(os.path.join(folder, file)) for file in files)

@@ -143,10 +143,18 @@ def _module(
         and _holds(into[1], A, as_stored=A is old.A)
     ):
         B, A = balance(B, A)
-    # Realignment divides by the scaling.
-    scaled = plan.portable or isinstance(member.correction, Realignment)
-    store(member.name, B, A, into, scaled=scaled)
+    store(member.name, B, A, into, scaled=_scaled(plan, member, B, into))
     return LoraModule(into[1], into[0], new.alpha, new.scaling, new.embedding)
+
+
+def _scaled(plan: Plan, member: Member, B: Tensor, into: Pair) -> str:
+    """Which factors were multiplied by a number that may be of any size."""
+    if plan.portable:
+        return "BA"
+    if not isinstance(member.correction, Realignment):
+        return ""
+    # It divides by the scaling, and leaves the source's own B of form same.
+    return "A" if B is member.module.B and B.dtype == into[0].dtype else "BA"
 
 
 def _leaves_B(member: Member, pair: Pair) -> bool:

@@ -53,19 +53,19 @@ def allocate(plan: Plan) -> list[tuple[Tensor, Tensor]]:
 
 
 def store(
-    name: str, B: Tensor, A: Tensor, into: tuple[Tensor, Tensor], *, scaled: bool = False
+    name: str, B: Tensor, A: Tensor, into: tuple[Tensor, Tensor], *, scaled: str = ""
 ) -> None:
     """Copy factors into the memory and type kept for them, unless they are there already.
 
-    scaled: they have been multiplied by a number from outside, which may be of any size. Without that
-    only float16 reaches less far than the computation did.
+    scaled: the sides that have been multiplied by a number from outside, which may be of any size.
+    Without that only float16 reaches less far than the computation did.
 
     Raises CsuloraError if a value does not fit the type.
     """
     for side, X, target in (("B", B, into[0]), ("A", A, into[1])):
         if X is not target:
             target.copy_(X)
-        check = scaled or target.dtype == torch.float16
+        check = side in scaled or target.dtype == torch.float16
         if check and not is_finite(target):
             remedy = "; choose dtype bfloat16 or float32" * (target.dtype == torch.float16)
             raise CsuloraError(

@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
+import checkpoint_models
 import pytest
 import torch
 
 from csulora import CsuloraError, Realignment, estimate
 
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
 
@@ -28,6 +28,7 @@ from peft_models import (  # noqa: E402
 
 from csulora.integrations.peft import correct_model, writing  # noqa: E402
 
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61}
 REFUSED = {
     "DoRA": ({"use_dora": True}, "use_dora is set .DoRA"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
@@ -69,36 +70,20 @@ def test_modules_that_the_subspace_does_not_know_are_refused_by_name(llama):
 
 def test_tied_factors_are_refused_by_name(worlds):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        tie_word_embeddings=True,
-    )
+    base = checkpoint_models.llama(**SIZES, intermediate_size=56, tie_word_embeddings=True)
     lora = peft.LoraConfig(
         r=3, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True
     )
-    model = fill(peft.get_peft_model(transformers.LlamaForCausalLM(config), lora))
+    model = fill(peft.get_peft_model(base, lora))
     refused(model, worlds["llama"], "embed_tokens and lm_head share a factor")
 
 
 @pytest.mark.parametrize("parameters", [None, ["mlp.experts.gate_up_proj"]])
 def test_experts_are_refused_where_they_are_targeted(llama, parameters):
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        num_local_experts=2,
-    )
+    base = checkpoint_models.mixtral(**SIZES)
     lora = peft.LoraConfig(r=2, target_modules=["v_proj"], target_parameters=parameters)
-    model = fill(peft.get_peft_model(transformers.MixtralForCausalLM(config), lora))
+    model = fill(peft.get_peft_model(base, lora))
     if parameters:
         refused(model, llama, "target_parameters is set")
     else:
